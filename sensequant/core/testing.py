@@ -91,7 +91,7 @@ def test_causal(
         _first_difference(full, function(data.iloc[:cut].copy()), f"when cut after row {cut}")
         noisy = data.astype(float)
         noise = rng.uniform(0.5, 2, noisy.iloc[cut:].shape)
-        noisy.iloc[cut:] = noisy.iloc[cut:] * noise
+        noisy.iloc[cut:] = (noisy.iloc[cut:] * noise).to_numpy()
         disturbed = function(noisy).iloc[:cut]
         _first_difference(full, disturbed, f"when rows after {cut} are disturbed")
 
