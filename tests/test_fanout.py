@@ -18,6 +18,7 @@ from sensequant.core.errors import DataError, SettingsError
 from sensequant.core.fanout import Outcome, fan_out
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 
 
 def touchy(item):
@@ -170,20 +171,20 @@ def test_a_death_while_the_answer_is_pickled_does_not_hang():
 
 
 def test_outcomes_come_before_the_last_item_is_done():
+    stream = fan_out(linger, [0, 0, 2.5, 0], workers=2)
+    early = [next(stream).item for _ in range(3)]
     begun = time.monotonic()
-    stream = fan_out(linger, [0, 0, 3, 0], workers=2)
-    early = [next(stream) for _ in range(3)]
-    assert time.monotonic() - begun < 2.5 and {o.item for o in early} == {0}
-    assert next(stream).item == 3
+    assert next(stream).item == 2.5 and early == [0, 0, 0]
+    assert time.monotonic() - begun > 0.5  # it was still being worked on
 
 
 def test_a_slow_reader_does_not_hold_the_workers_up():
-    stream = fan_out(linger, [0.1] * 8, workers=2)
+    stream = fan_out(linger, [0.2] * 8, workers=2)
     next(stream)
-    time.sleep(0.8)
+    time.sleep(2)
     begun = time.monotonic()
     assert len(list(stream)) == 7
-    assert time.monotonic() - begun < 0.4
+    assert time.monotonic() - begun < 0.6
 
 
 def test_large_items_functions_and_results():
@@ -243,6 +244,16 @@ def test_leaving_early_kills_the_workers():
     assert not [p for p in left if "popen_loky_posix" in " ".join(p.cmdline())]
 
 
+def test_leaving_just_when_an_item_is_sent():
+    for _ in range(4):  # a thread of loky that dies here fails the test, by `pytestmark`
+        stream = fan_out(abs, range(10_000), workers=2)
+        for _ in range(20):
+            next(stream)
+        begun = time.monotonic()
+        stream.close()
+        assert time.monotonic() - begun < 3
+
+
 def test_no_worker_is_left_after_a_whole_map():
     pids = {o.value for o in fan_out(linger, [0.1] * 4, workers=2)}
     assert len(pids) == 2 and not alive(pids)
@@ -261,7 +272,9 @@ def test_an_outcome_is_frozen():
         Outcome(1, 2, None, None, 0.0).value = 3
 
 
-SCRIPT = """
+SCRIPT = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
 import time, os
 from sensequant.core.fanout import fan_out
 def work(seconds):

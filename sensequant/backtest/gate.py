@@ -37,16 +37,25 @@ class Verdict:
         return [f"{c.must}; found {c.found}" for c in self.checks if not c.passed]
 
 # %% ../../nbs/6_backtest/65_gate.ipynb #75c39cd3
-def _number(
+def _at(
     evidence: Any,  # nested dicts and lists, as read from JSON
     *path: str | int,  # keys and positions, outermost first
-) -> float | None:  # None when it is missing or no finite number
-    "The number at `path`."
+) -> Any:  # None when it is missing
+    "What lies at `path`."
     for key in path:
         try:
             evidence = evidence[key]
         except (KeyError, IndexError, TypeError):
             return None
+    return evidence
+
+
+def _number(
+    evidence: Any,  # nested dicts and lists, as read from JSON
+    *path: str | int,  # keys and positions, outermost first
+) -> float | None:  # None when it is missing or no finite number
+    "The number at `path`."
+    evidence = _at(evidence, *path)
     number = isinstance(evidence, int | float) and not isinstance(evidence, bool)
     return float(evidence) if number and math.isfinite(evidence) else None
 
@@ -78,7 +87,7 @@ def _evidence(
     "Enough sessions, and a net alpha that the resamples put above 0."
     n, lower = _number(stats, "n_sessions"), _number(stats, "alpha", "interval", 0)
     sure = _number(stats, "confidence")
-    reason = (stats or {}).get("reasons", {}).get("alpha.interval", "no interval in the statistics")
+    reason = _at(stats, "reasons", "alpha.interval") or "no interval in the statistics"
     if sure is not None and sure < 0.95:
         lower, reason = None, f"an interval of {sure:.0%} only"
     return [

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import statsmodels.api as sm
 from scipy import stats
-from statsmodels.regression.linear_model import RegressionResults
+from statsmodels.regression.linear_model import OLS, RegressionResults
 from statsmodels.stats.diagnostic import acorr_ljungbox
 
 from ..core.errors import DataError
@@ -195,7 +194,7 @@ def _hac_fit(
 ) -> RegressionResults:  # Student's t, n - k degrees of freedom
     "Least squares with Newey-West errors and the small-sample factor n/(n-k)."
     options = {"maxlags": lags, "kernel": "bartlett", "use_correction": True}
-    return sm.OLS(y, x).fit(cov_type="HAC", cov_kwds=options, use_t=True)
+    return OLS(y, x).fit(cov_type="HAC", cov_kwds=options, use_t=True)
 
 # %% ../../nbs/6_backtest/60_metrics.ipynb #a86899a4
 @dataclass(frozen=True)
@@ -224,7 +223,7 @@ def alpha_beta(
     if len(y) < 4 or not _varies(x):
         raise DataError("alpha needs 4 sessions and a benchmark that moves", f"{len(y)} sessions")
     lags = min(hac_lags(len(y), horizon), len(y) - 2)
-    fit = _hac_fit(y, sm.add_constant(x), lags)
+    fit = _hac_fit(y, np.column_stack([np.ones(len(x)), x]), lags)
     (alpha, beta), (alpha_se, beta_se) = map(float, fit.params), map(float, fit.bse)
     t, p = float(fit.tvalues[0]), float(fit.pvalues[0])
     return AlphaBeta(alpha, beta, alpha_se, beta_se, t, p, len(y), lags)

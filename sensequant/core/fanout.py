@@ -222,7 +222,7 @@ def _serve(worker: _Worker, item: Any) -> Outcome | _Death:
         how = re.search(r"\{(.+)\}", str(death))  # loky tells the exit code in braces
         return _Death(item, how[1] if how else str(death), time.perf_counter() - begun)
 
-
+# %% ../../nbs/0_core/06_fanout.ipynb #3268775f
 def _feed(worker: _Worker) -> None:
     "Give `worker` one item after the other until none is left or it is closed."
     news = worker.job.news
