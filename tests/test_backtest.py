@@ -153,6 +153,11 @@ def test_a_clerk_with_cash_and_shares_keeps_the_same_account(seed):
     inner = slice(0, -1)  # on the last day the backtester sells out
     np.testing.assert_allclose(daily["net_return"][inner], by_hand["net"][inner], atol=1e-13)
     np.testing.assert_allclose(daily["turnover"][inner], by_hand["turnover"][inner], atol=1e-13)
+    end = by_hand["net"].iloc[-1] + 1  # what is still held is sold at its last mark, with cost
+    sold_out = (1 + daily["net_return"].iloc[-1]) / end
+    sold = daily["turnover"].iloc[-1] - by_hand["turnover"].iloc[-1]
+    assert sold_out == pytest.approx(1 - rule.cost_frac * sold / end, abs=1e-13)
+    assert (sold > 0) == (daily["n_held"].iloc[-1] > 0)
     assert daily["n_held"].tolist() == by_hand["held"].tolist()
     assert daily["cost"].equals(daily["turnover"] * rule.cost_frac)
 
@@ -438,7 +443,7 @@ junk = st.recursive(
     st.one_of(st.none(), st.booleans(), st.text(max_size=3), st.floats(), st.integers()),
     lambda inner: st.one_of(
         st.lists(inner, max_size=3),
-        st.dictionaries(st.sampled_from(["alpha", "interval", "confidence", "reasons"]), inner),
+        st.dictionaries(st.sampled_from(["n_sessions", "alpha", "interval", "confidence"]), inner),
     ),
     max_leaves=8,
 )
@@ -450,6 +455,18 @@ def test_junk_never_passes_and_always_says_why(stats):
     verdict = preliminary_gate(**WINDOWS, stats=stats)
     assert not verdict.passed and verdict.reasons
     json.dumps(asdict(verdict))
+
+
+@pytest.mark.parametrize("lost", ["n_sessions", "confidence", "alpha"])
+@pytest.mark.parametrize("value", ["gone", None, float("nan"), True, "0.95", [], {}])
+def test_any_one_piece_of_evidence_that_is_lost_refuses(lost, value):
+    stats = {"n_sessions": 300, "confidence": 0.95, "alpha": {"interval": [0.001, 0.002]}}
+    assert preliminary_gate(**WINDOWS, stats=stats).passed
+    stats |= {lost: value}
+    if value == "gone":
+        del stats[lost]
+    verdict = preliminary_gate(**WINDOWS, stats=stats)
+    assert not verdict.passed and len(verdict.reasons) == 1
 
 
 @settings(max_examples=200, deadline=None)

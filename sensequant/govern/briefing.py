@@ -15,6 +15,7 @@ import pandas as pd
 from ..backtest.gate import Check, Verdict, preliminary_gate
 from ..core.errors import DataError
 from ..data.runs import Run, read_inputs
+from .audit import RISK_COLUMNS
 from ..learn.batch import WindowRecord, count_outcomes, read_window_runs
 
 # %% ../../nbs/7_govern/76_briefing.ipynb #0b61a71d
@@ -185,7 +186,8 @@ def briefing_text(
     briefing: dict[str, Any],  # from `build_briefing`
 ) -> str:  # Markdown
     "The page to sign or to file."
-    gate, risks = briefing["gate"], pd.DataFrame(briefing["risk_assessment"])
+    gate = briefing["gate"]
+    risks = pd.DataFrame(briefing["risk_assessment"], columns=list(RISK_COLUMNS))
     lines = [f"# {headline(briefing)}", ""]
     if briefing["training"]["simulated"]:
         lines += [
