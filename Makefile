@@ -7,6 +7,7 @@ SHELL := /bin/bash
 
 VENV := .venv
 PY := $(VENV)/bin/python
+SENSEQUANT := $(PY) -c 'from sensequant.ops.cli import main; main()'
 STAMP := $(VENV)/installed
 FIND_PYTHON := for p in python3.14 python3.13 python3.12 python3.11 python3 python; do if command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$p; break; fi; done
 export JUPYTER_PREFER_ENV_PATH := 1
@@ -31,7 +32,7 @@ $(STAMP): settings.ini setup.py pyproject.toml
 	touch $(STAMP)
 
 run: $(STAMP)  ## the whole training run on the simulated market; SIGNAL_IC=0 shows a refusal
-	@$(PY) -m sensequant.ops.cli run $(if $(SIGNAL_IC),--signal-ic $(SIGNAL_IC)) $(ARGS)
+	@$(SENSEQUANT) run $(if $(SIGNAL_IC),--signal-ic $(SIGNAL_IC)) $(ARGS)
 
 test: $(STAMP)  ## all checks and tests; FAST=1 leaves out the slow ones
 	@$(PY) tests/check.py $(if $(FAST),--fast)
@@ -41,14 +42,13 @@ lab: $(STAMP)  ## JupyterLab, opened on the first look
 
 text: $(STAMP)  ## notebooks as text in text/, to be edited there and synced back with make text
 	@$(PY) -m jupytext --quiet --sync nbs/*.ipynb nbs/*/*.ipynb
-	$(PY) -m nbdev.clean
 	echo "text/ mirrors nbs/; edit there, then make text export"
 
 export: $(STAMP)  ## clean the notebooks and write the package and README.md from them
 	@$(PY) tests/export.py
 
 report: $(STAMP)  ## pages of a run made anew: make report RUN=live_candidate_...
-	@$(PY) -m sensequant.ops.cli report $(RUN)
+	@$(SENSEQUANT) report $(RUN)
 
 bench: $(STAMP)  ## speed, as ratios measured in one run
 	@$(PY) tests/bench.py

@@ -1088,6 +1088,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'sensequant/ops/orchestrator.py'),
                                              'sensequant.ops.orchestrator.Silent': ( '9_ops/orchestrator.html#silent',
                                                                                      'sensequant/ops/orchestrator.py'),
+                                             'sensequant.ops.orchestrator.Silent._nothing': ( '9_ops/orchestrator.html#silent._nothing',
+                                                                                              'sensequant/ops/orchestrator.py'),
                                              'sensequant.ops.orchestrator.Watcher': ( '9_ops/orchestrator.html#watcher',
                                                                                       'sensequant/ops/orchestrator.py'),
                                              'sensequant.ops.orchestrator.Watcher.begin': ( '9_ops/orchestrator.html#watcher.begin',

@@ -357,4 +357,4 @@ def settings(
 
 def main() -> None:
     "The entry point `sensequant`."
-    app()
+    app(prog_name="sensequant")
