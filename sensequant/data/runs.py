@@ -177,6 +177,8 @@ def pin_run(
     inputs = Inputs(start, span.end, span.interval, ingested.simulated, listed, name)
     pin_inputs(run, inputs)
     run.artifacts.write_json("coverage.json", ingested.report())
+    for refused in (r for r in ingested.results if r.status != "success"):
+        run.events.emit("warning", phase="1_ingest", symbol=refused.symbol, message=refused.reason)
     _remember(run, ingested)
     return inputs
 

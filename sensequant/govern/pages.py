@@ -11,14 +11,14 @@ __all__ = ['STYLE', 'POLICY', 'BADGES', 'OUTPUTS', 'NUMBER', 'HIDDEN_TAGS', 'MAX
 import html
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mistune
 import nbformat
-from bs4 import BeautifulSoup
+from bs4 import BeautifulSoup, Tag
 from jinja2 import DictLoader
 from nbconvert import HTMLExporter
 
@@ -110,7 +110,27 @@ OUTPUTS = """
 _markdown = mistune.create_markdown(escape=True, plugins=["table", "strikethrough"])
 
 
-NUMBER = re.compile(r"[-+−]?[\d,]*\.?\d+(e[-+]?\d+)?( ?%)?|nan|n/a|None|", re.I)  # as a whole cell
+NUMBER = re.compile(  # as a whole cell; dates line up like numbers
+    r"[-+−]?[\d,]*\.?\d+(e[-+]?\d+)?( ?%)?|\d{4}-\d\d-\d\d|nan|NaT|n/a|None|", re.I
+)
+
+
+def _align(rows: Iterable[Iterable[Tag]]) -> None:
+    "Mark the columns whose every value is a number."
+    for column in itertools.zip_longest(*rows):
+        cells = [c for c in column if c is not None]
+        body = [c for c in cells if c.name == "td"]
+        if body and all(NUMBER.fullmatch(c.get_text().strip()) for c in body):
+            for cell in cells:
+                cell["class"] = "n"
+
+
+def _one_heading(table: Tag) -> None:
+    "pandas names the index in a heading row of its own: put the name into the row above."
+    head = [row.find_all("th") for row in table.select("thead tr")]
+    if len(head) == 2 and not any(c.get_text().strip() for c in head[1][1:]):
+        head[0][0].string = head[1][0].get_text()
+        table.select("thead tr")[1].decompose()
 
 
 def quiet_tables(
@@ -121,15 +141,11 @@ def quiet_tables(
     for part in soup.find_all("style"):
         part.decompose()
     for table in soup.find_all("table"):
+        _one_heading(table)
         rows = [row.find_all(["th", "td"]) for row in table.find_all("tr")]
-        for cell in (c for row in rows for c in row):
-            cell.attrs = {}
-        for column in itertools.zip_longest(*rows):
-            body = [c for c in column if c is not None and c.name == "td"]
-            if body and all(NUMBER.fullmatch(c.get_text().strip()) for c in body):
-                for cell in (c for c in column if c is not None):
-                    cell["class"] = "n"
-        table.attrs = {}
+        for part in [table, *table.find_all("tr"), *(c for row in rows for c in row)]:
+            part.attrs = {}
+        _align(rows)
     return str(soup)
 
 

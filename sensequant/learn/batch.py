@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'WindowSpec', 'WindowRecord', 'label_table', 'symbol_table', 'plan_symbol', 'teacher_files',
-           'student_files', 'Job', 'tell', 'TeacherTask', 'StudentTask', 'read_window_runs', 'train_teachers',
-           'train_students', 'count_outcomes', 'require_few_failures', 'outcome_table', 'metric_table',
-           'importance_share', 'weight_table']
+           'student_files', 'Job', 'tell', 'TeacherTask', 'StudentTask', 'read_window_runs', 'warn_restart',
+           'train_teachers', 'train_students', 'count_outcomes', 'require_few_failures', 'outcome_table',
+           'metric_table', 'importance_share', 'weight_table']
 
 # %% ../../nbs/5_learn/53_batch.ipynb #432b9f3b
 import io
@@ -328,6 +328,19 @@ def _collect(
     return records
 
 
+def warn_restart(
+    run: Run,
+    phase: str,  # phase notebook
+) -> Callable[[Any, str], None]:  # called with the item and how its process ended
+    "Put the death of a worker into the event stream."
+
+    def tell_death(item: Any, how: str) -> None:
+        words = f"a worker ended with {how}; its work is tried once more"
+        run.events.emit("warning", phase=phase, message=words)
+
+    return tell_death
+
+
 def train_teachers(
     run: Run,
     window: WindowSpec,
@@ -337,7 +350,9 @@ def train_teachers(
     "One teacher a symbol and window; the outcome does not depend on the number of workers."
     inputs = read_inputs(run)
     spans = (inputs.start, inputs.end, window.window_days, window.window_step_days)
-    outcomes = fan_out(TeacherTask(run, window, teacher), inputs.symbols, workers)
+    died = warn_restart(run, "2_teacher")
+    task = TeacherTask(run, window, teacher)
+    outcomes = fan_out(task, inputs.symbols, workers, on_restart=died)
     return _collect(run, "teacher", outcomes, lambda symbol: cut_windows(symbol, *spans))
 
 # %% ../../nbs/5_learn/53_batch.ipynb #4f7e59f3
@@ -357,7 +372,9 @@ def train_students(
     for record in read_window_runs(run, "teacher"):
         by_symbol.setdefault(record.symbol, []).append(record)
     tasks = [tuple(records) for records in by_symbol.values()]
-    records = _collect(run, "student", fan_out(StudentTask(run, specs), tasks, workers), _windows)
+    died = warn_restart(run, "3_student")
+    outcomes = fan_out(StudentTask(run, specs), tasks, workers, on_restart=died)
+    records = _collect(run, "student", outcomes, _windows)
     counts = count_outcomes(records)
     run.events.emit("student_batch_end", phase="3_student", status="success", metrics=counts)
     return records
@@ -414,7 +431,7 @@ def metric_table(
     names = [c for c in ("accuracy", "base_rate", "precision", "recall", "f1", "auc") if c in done]
     out = done[names].astype(float).agg(["mean", "std", "count"]).T
     out.index.name = "score (fraction)"
-    return out.round(3).rename(columns={"count": "windows"})
+    return out.round(3).rename(columns={"count": "windows"}).astype({"windows": int})
 
 # %% ../../nbs/5_learn/53_batch.ipynb #32b32df8
 def importance_share(
