@@ -636,6 +636,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'sensequant.data.runs.Run.folder': ('2_data/runs.html#run.folder', 'sensequant/data/runs.py'),
                                       'sensequant.data.runs.Run.pages': ('2_data/runs.html#run.pages', 'sensequant/data/runs.py'),
                                       'sensequant.data.runs.Run.state': ('2_data/runs.html#run.state', 'sensequant/data/runs.py'),
+                                      'sensequant.data.runs._artifacts': ('2_data/runs.html#_artifacts', 'sensequant/data/runs.py'),
                                       'sensequant.data.runs._inputs': ('2_data/runs.html#_inputs', 'sensequant/data/runs.py'),
                                       'sensequant.data.runs._remember': ('2_data/runs.html#_remember', 'sensequant/data/runs.py'),
                                       'sensequant.data.runs.benchmark_returns': ( '2_data/runs.html#benchmark_returns',

@@ -9,6 +9,7 @@ __all__ = ['Run', 'run_ids', 'open_run', 'Inputs', 'pin_bars', 'pinned_bars', 'p
 # %% ../../nbs/2_data/29_runs.ipynb #39248a9a
 from dataclasses import dataclass
 from datetime import date, timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ from .csv_bars import read_csv_bars
 from .ingest import IngestResult
 
 # %% ../../nbs/2_data/29_runs.ipynb #4e48fbb3
+@lru_cache(maxsize=8)
+def _artifacts(folder: Path) -> Artifacts:
+    "The artifacts of a folder; it reads on where it stopped, whoever wrote meanwhile."
+    return Artifacts(folder)
+
+
 @dataclass(frozen=True)
 class Run:
     "One training run; small enough to be sent to every worker."
@@ -44,8 +51,8 @@ class Run:
 
     @property
     def artifacts(self) -> Artifacts:
-        "The run's files, recorded by hash."
-        return Artifacts(self.folder)
+        "The run's files, recorded by hash; one reader a process, so the record is read once."
+        return _artifacts(self.folder)
 
     @property
     def events(self) -> EventLog:
