@@ -416,7 +416,7 @@ def require_few_failures(
 # %% ../../nbs/5_learn/53_batch.ipynb #4d764d48
 def outcome_table(
     records: list[WindowRecord],
-) -> pd.DataFrame:  # windows by outcome: status, class, windows, share of all, an example
+) -> pd.DataFrame:  # by status: class, windows, share of all, an example and why
     "How the windows ended, by status and skip class."
     table = pd.DataFrame([asdict(r) for r in records])
     table["class"] = table["skip_class"].fillna("")
@@ -424,7 +424,8 @@ def outcome_table(
     out = groups["window_label"].agg(windows="size", example="first").reset_index()
     out["share (%)"] = (100 * out["windows"] / len(table)).round(1)
     out["why"] = groups["message"].first().to_numpy()
-    return out[["status", "class", "windows", "share (%)", "example", "why"]].head(12)
+    shown = out[["status", "class", "windows", "share (%)", "example", "why"]]
+    return shown.set_index("status").head(12)
 
 
 def metric_table(
