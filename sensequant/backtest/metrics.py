@@ -210,7 +210,7 @@ class AlphaBeta:
     n: int  # sessions
     lags: int
 
-
+# %% ../../nbs/6_backtest/60_metrics.ipynb #aa83e07c
 def alpha_beta(
     returns: pd.Series,  # strategy, fraction per session
     benchmark: pd.Series,  # market, fraction per session; same index

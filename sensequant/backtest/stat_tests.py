@@ -216,7 +216,7 @@ def _gap(
         return f"{name} needs {MIN_SESSIONS} sessions; {len(returns)} found"
     return "" if math.isfinite(metrics.sharpe(returns)) else f"{name} does not vary"
 
-
+# %% ../../nbs/6_backtest/64_stat_tests.ipynb #91c7b124
 def _reasoned(
     sections: dict[str, dict[str, Any]],  # figures by section, None or NaN where there is none
     whys: dict[str, str],  # general reason by section

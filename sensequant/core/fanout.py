@@ -83,7 +83,7 @@ def _load(
         _LOADED[function] = pickle.loads(content)
     return _LOADED[function]
 
-
+# %% ../../nbs/0_core/06_fanout.ipynb #5d3202cd
 def _attempt(
     function: bytes | Path,  # pickled, or the file that holds it
     item: bytes | Path,  # packed
@@ -98,7 +98,7 @@ def _attempt(
         told = f"{type(error).__name__}: {error}", traceback.format_exc()
         return _pack((None, *told, time.perf_counter() - begun), None)
 
-
+# %% ../../nbs/0_core/06_fanout.ipynb #b913a5f7
 def _outcome(item: Any, answer: bytes | Path) -> Outcome:
     "The outcome of `item` from a packed answer; a value that cannot be read has failed."
     value, error, trace, seconds = _unpack(answer)
@@ -287,7 +287,7 @@ def _in_processes(
                     else:
                         again.append(told.item)
 
-
+# %% ../../nbs/0_core/06_fanout.ipynb #c952978a
 def _killed(death: _Death) -> Outcome:
     "The outcome of an item that killed its process twice."
     told = f"WorkerDied: its process ended with {death.how}, the second time alone"

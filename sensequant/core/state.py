@@ -112,7 +112,7 @@ def _connect(path: Path, busy_s: float) -> sqlite3.Connection:
             raise
     return connection
 
-
+# %% ../../nbs/0_core/04_state.ipynb #b46d35e9
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:
     "Apply the scripts that the file has not seen, each in its own transaction."
     (held,) = connection.execute("PRAGMA user_version").fetchone()
@@ -475,7 +475,7 @@ class _Windows(_Phases):
         query = "SELECT * FROM windows WHERE run_id = ? AND kind = ? ORDER BY window_label"
         return {w.window_label: w for w in self._records(WindowRecord, query, run_id, kind)}
 
-
+# %% ../../nbs/0_core/04_state.ipynb #90b5e304
 def _require_kind(kind: str) -> None:
     "Refuse a word that is no kind of window."
     if kind not in WINDOW_KINDS:

@@ -79,7 +79,7 @@ def _first_difference(
             f"and {b.iat[row, column]!r} {what}"
         )
 
-
+# %% ../../nbs/0_core/07_testing.ipynb #5d86882d
 def test_causal(
     function: Callable,  # series or frame in, series or frame out, same index
     data: pd.Series | pd.DataFrame,  # at least 8 rows

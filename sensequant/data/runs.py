@@ -31,7 +31,7 @@ def _artifacts(folder: Path) -> Artifacts:
     "The artifacts of a folder; it reads on where it stopped, whoever wrote meanwhile."
     return Artifacts(folder)
 
-
+# %% ../../nbs/2_data/29_runs.ipynb #06f5e6ab
 @dataclass(frozen=True)
 class Run:
     "One training run; small enough to be sent to every worker."
@@ -160,7 +160,7 @@ def _remember(run: Run, ingested: IngestResult) -> None:
             days = (c.first and c.first.date(), c.last and c.last.date())
             state.record_fetch(ingested.source, c.symbol, interval, *days, c.rows, c.sha256)
 
-
+# %% ../../nbs/2_data/29_runs.ipynb #e4658ee2
 def pin_run(
     run: Run,
     store: BarStore,

@@ -61,7 +61,7 @@ def check_lineage(
     must = "a scored bar must lie after every label its student learned from"
     return Check("lineage", must, found, early.empty)
 
-
+# %% ../../nbs/7_govern/72_audit.ipynb #78b73caf
 def check_rescore(
     run: Run,
     predictions: pd.DataFrame,  # PREDICTION_COLUMNS
@@ -84,7 +84,7 @@ def check_rescore(
         "rescore", "a sample scored again must give the same predictions", found, not wrong
     )
 
-
+# %% ../../nbs/7_govern/72_audit.ipynb #97e86b78
 def window_spec(
     run: Run,
     records: list[WindowRecord],  # of students, one of them trained
@@ -160,7 +160,7 @@ def risk_register(
     rows += [("low", "costs", "cost_bps_per_side in the settings")]
     return [dict(zip(RISK_COLUMNS, (*row, RISK_TEXT[row[1]]), strict=True)) for row in rows]
 
-
+# %% ../../nbs/7_govern/72_audit.ipynb #2a978fab
 def summary_text(
     checks: list[Check],
     risks: list[dict[str, str]],

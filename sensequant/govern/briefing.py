@@ -66,7 +66,7 @@ def _training(run: Run) -> dict[str, Any]:
         "student": count_outcomes(students),
     }
 
-
+# %% ../../nbs/7_govern/76_briefing.ipynb #63c38c96
 def build_briefing(
     run: Run,
     verdict: Verdict,
@@ -108,7 +108,7 @@ def headline(briefing: dict[str, Any]) -> str:
         return "Ready for review: the preliminary gate found evidence of skill after costs"
     return "Rejected: the evidence does not support this candidate"
 
-
+# %% ../../nbs/7_govern/76_briefing.ipynb #636c30d8
 def statistics_table(
     stats: dict[str, Any],  # stat_tests.json
 ) -> pd.DataFrame:  # value and unit by figure, twelve rows
@@ -139,7 +139,7 @@ def statistics_table(
     ]
     return pd.DataFrame(rows, columns=["figure", "value", "unit"]).set_index("figure")
 
-
+# %% ../../nbs/7_govern/76_briefing.ipynb #2f9a0bb8
 def evidence_table(
     briefing: dict[str, Any],  # from `build_briefing`
 ) -> pd.DataFrame:  # value and unit by figure, twelve rows
@@ -151,7 +151,7 @@ def evidence_table(
     table.loc["accuracy less base rate"] = [uplift, count]
     return table
 
-
+# %% ../../nbs/7_govern/76_briefing.ipynb #9b7211b6
 def yearly_table(
     daily: pd.DataFrame,  # of `long_flat`, by session; at most twelve years are shown
 ) -> pd.DataFrame:  # by calendar year: net, gross and benchmark return in %, sessions
@@ -165,7 +165,7 @@ def yearly_table(
     table = (100 * ((1 + daily[list(names)]).groupby(daily.index.year).prod() - 1)).round(2)
     return table.rename(columns=names).assign(sessions=years.size()).rename_axis("year").tail(12)
 
-# %% ../../nbs/7_govern/76_briefing.ipynb #636c30d8
+# %% ../../nbs/7_govern/76_briefing.ipynb #3e187554
 def _table(frame: pd.DataFrame) -> list[str]:
     "A table in Markdown."
     rows = [list(frame.columns), ["---"] * frame.shape[1], *frame.astype(str).to_numpy().tolist()]
@@ -184,7 +184,7 @@ def _training_lines(training: dict[str, Any]) -> list[str]:
         f"- students: {counts.format(**s)}",
     ]
 
-
+# %% ../../nbs/7_govern/76_briefing.ipynb #c606b9db
 def _rule_line(stats: dict[str, Any]) -> str:
     "The rule behind the returns, in a sentence."
     rule = stats["rule"]
@@ -195,7 +195,7 @@ def _rule_line(stats: dict[str, Any]) -> str:
         f"idle cash earns nothing; the benchmark is {stats['benchmark']['name']}."
     )
 
-
+# %% ../../nbs/7_govern/76_briefing.ipynb #b1f3ac12
 def briefing_text(
     briefing: dict[str, Any],  # from `build_briefing`
 ) -> str:  # Markdown
@@ -219,7 +219,7 @@ def briefing_text(
     lines += ["", f"Manifest SHA-256 `{briefing['manifest']['sha256']}`."]
     return "\n".join(lines) + "\n"
 
-
+# %% ../../nbs/7_govern/76_briefing.ipynb #904627d3
 def _checks(checks: list[dict[str, Any]]) -> pd.DataFrame:
     "Checks as a table of words."
     table = pd.DataFrame(checks)[["must", "found", "passed"]]

@@ -72,7 +72,7 @@ def build_manifest(
     }
     return json_ready(manifest, "manifest")
 
-
+# %% ../../nbs/7_govern/70_manifest.ipynb #b215d1a2
 def write_manifest(
     run: Run,
     manifest: dict[str, Any],

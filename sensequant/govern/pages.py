@@ -74,7 +74,7 @@ class Heading:
     facts: tuple[str, ...] = ()  # short texts: run id, time, duration
     links: Mapping[str, str] | None = None  # text to relative address
 
-
+# %% ../../nbs/7_govern/77_pages.ipynb #349564c2
 def frame_page(
     heading: Heading,
     body: str,  # HTML
@@ -132,7 +132,7 @@ def _one_heading(table: Tag) -> None:
         head[0][0].string = head[1][0].get_text()
         table.select("thead tr")[1].decompose()
 
-
+# %% ../../nbs/7_govern/77_pages.ipynb #e464f7a2
 def quiet_tables(
     text: str,  # HTML with tables of pandas or of Markdown
 ) -> str:  # the same in the look of the page
@@ -153,7 +153,7 @@ def prose(text: str) -> str:  # HTML
     "Markdown without raw HTML."
     return quiet_tables(str(_markdown(text)))
 
-
+# %% ../../nbs/7_govern/77_pages.ipynb #8a947db1
 HIDDEN_TAGS = {"parameters", "injected-parameters"}  # cells that a page leaves out
 
 
@@ -169,7 +169,7 @@ def _exporter() -> HTMLExporter:
     exporter.register_filter("bare", quiet_tables)
     return exporter
 
-
+# %% ../../nbs/7_govern/77_pages.ipynb #1410f1ab
 def notebook_body(
     notebook: nbformat.NotebookNode,  # executed
     tag: str | None = None,  # only cells with this tag, None for all
@@ -227,7 +227,7 @@ def status_word(status: str) -> str:  # HTML
     kind, word = BADGES.get(status, ("", status.upper()))
     return f'<span class="{kind}">{html.escape(word)}</span>'
 
-
+# %% ../../nbs/7_govern/77_pages.ipynb #93f9e234
 def front_body(
     verdict: str,  # the last word, plain text
     reasons: list[str],  # sentences, plain text

@@ -24,7 +24,7 @@ def _scores(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
         for k, v in rows.items()
     }
 
-
+# %% ../../nbs/7_govern/71_validation.ipynb #a12e6f79
 def summarise_validation(
     predictions: pd.DataFrame,  # PREDICTION_COLUMNS, out of sample
     teachers: list[WindowRecord],
@@ -66,7 +66,7 @@ def score_table(
     shown = table[["uplift", *SCORES]].round(3)
     return shown.assign(n=table["n"].astype(int)).rename_axis(by.removeprefix("by_"))
 
-
+# %% ../../nbs/7_govern/71_validation.ipynb #34922a08
 def validation_text(
     summary: dict[str, Any],  # from `summarise_validation`
 ) -> str:  # Markdown

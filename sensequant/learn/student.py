@@ -75,7 +75,7 @@ def _ridge_fit(x: np.ndarray, target: np.ndarray, l2: float) -> np.ndarray:
     best = minimize(loss, np.zeros(shape).ravel(), jac=True, method="L-BFGS-B", options=options)
     return best.x.reshape(shape)
 
-
+# %% ../../nbs/5_learn/52_student.ipynb #bfc67191
 def fit_student(
     rows: pd.DataFrame,  # complete rows: `FEATURES` and `label`, by `ts`
     soft: pd.DataFrame,  # out-of-fold opinions on the same rows

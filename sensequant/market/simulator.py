@@ -275,7 +275,7 @@ class Tape:
     def __repr__(self) -> str:
         return f"Market({self.spec.key}, {len(self.sessions)} sessions)"
 
-
+# %% ../../nbs/1_market/13_simulator.ipynb #fe66c172
 class Roster(Tape):
     "Who is there, and since when."
 
@@ -362,7 +362,7 @@ def _intraday(
     starts = pd.DatetimeIndex(pd.Timestamp(opened) + pd.to_timedelta(first, unit="min"))
     return starts, np.array([path[cut], high, low, closes]), np.add.reduceat(shares, first)
 
-
+# %% ../../nbs/1_market/13_simulator.ipynb #c6292c04
 def _intraday_bars(tape: Tape, rows: np.ndarray, k: int, minutes: int) -> pd.DataFrame:
     "Bars of `minutes` minutes of one symbol in the sessions of `rows`, at least one."
     parts = zip(*(_intraday(tape, int(row), k, minutes) for row in rows), strict=True)
