@@ -249,10 +249,10 @@ def ic_by_date(
 class RankIC:
     "Rank correlations of all dates, and whether their mean could be luck."
 
-    by_date: pd.Series  # Spearman correlation in [-1, 1] by ts
+    by_date: pd.Series  # Spearman correlation in [-1, 1] by session, the mean of its bars
     mean: float
     icir: float  # mean over standard deviation, per date
-    t: float  # of the mean, Newey-West with horizon - 1 lags
+    t: float  # of the mean, Newey-West with horizon - 1 lags, intraday one more
     p: float  # two-sided
     n_dates: int
 
@@ -261,11 +261,17 @@ def rank_ic(
     predictions: pd.DataFrame,  # columns symbol, ts, score, forward_return
     horizon: int = 1,  # sessions that forward_return spans, >= 1
 ) -> RankIC:  # NaN fields where too few dates have an IC, or all are the same
-    "Information coefficient of the scores; neighbouring dates share days of return, hence lags."
-    ic = ic_by_date(predictions)
+    "Information coefficient of the scores; neighbouring sessions share days of return, hence lags."
+    by_bar = ic_by_date(predictions)
+    ic = by_bar.groupby(
+        by_bar.index.normalize()
+    ).mean()  # bars of a session end their labels together
+    lags = (
+        horizon - 1 if len(ic) == len(by_bar) else horizon
+    )  # intraday labels reach a session more
     n, mean = len(ic), float(ic.mean()) if len(ic) else np.nan
     if n < max(3, horizon + 1) or not _varies(ic.to_numpy()):
         return RankIC(ic, mean, np.nan, np.nan, np.nan, n)
-    fit = _hac_fit(ic.to_numpy(), np.ones(n), horizon - 1)
+    fit = _hac_fit(ic.to_numpy(), np.ones(n), lags)
     icir = float(ic.mean() / ic.std(ddof=1))
     return RankIC(ic, mean, icir, float(fit.tvalues[0]), float(fit.pvalues[0]), n)
