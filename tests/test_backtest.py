@@ -1,7 +1,6 @@
 """Backtest, statistics and gate: independent twins, laws, and the size of the bootstrap."""
 
 import json
-import time
 from dataclasses import asdict
 
 import numpy as np
@@ -89,7 +88,8 @@ def test_rank_ic_is_pandas_spearman_on_every_date():
         for ts, g in rows.dropna().groupby("ts")
         if len(g) >= 3
     }
-    pd.testing.assert_series_equal(ours, pd.Series(theirs).dropna(), check_names=False)
+    theirs = pd.Series(theirs).dropna()
+    pd.testing.assert_series_equal(ours, theirs, check_names=False, check_freq=False)
 
 
 # --- backtester ----------------------------------------------------------------------------------
@@ -278,21 +278,6 @@ def test_half_hour_bars_are_marked_by_the_day():
     by_day = bars["A"]["close"].groupby(times.normalize()).last()
     np.testing.assert_allclose((1 + daily["net_return"]).cumprod(), by_day / open_[1], rtol=1e-12)
     assert daily["n_symbols"].tolist() == [1] * 20
-
-
-def test_eighty_symbols_over_six_years_take_less_than_half_a_second():
-    bars = {f"S{i:02}": random_bars(1500, seed=i) for i in range(80)}
-    rng = np.random.default_rng(0)
-    said = pd.concat(
-        pd.DataFrame({"symbol": s, "ts": b.index, "score": rng.uniform(-0.3, 0.3, 1500)})
-        for s, b in bars.items()
-    )
-    times = []
-    for _ in range(3):
-        start = time.process_time()
-        long_flat(said, bars)
-        times.append(time.process_time() - start)
-    assert min(times) < 0.5
 
 
 # --- statistics ----------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from datetime import date, timedelta
 
@@ -370,12 +369,3 @@ def test_the_smallest_and_the_largest_market():
     large = simulate(replace(SMALL, symbols=999))
     assert large.symbols[-1] == "SIM999" == max(large.symbols)
     assert len(large.bars("SIM999")) > 0
-
-
-def test_making_a_market_is_quick():
-    started = time.process_time()
-    simulate(MarketSpec())
-    assert time.process_time() - started < 0.5
-    started = time.process_time()
-    simulate(MarketSpec(symbols=100, start=date(2019, 1, 1)))
-    assert time.process_time() - started < 3

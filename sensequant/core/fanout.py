@@ -175,7 +175,7 @@ def _new_pool(folder: Path) -> ProcessPoolExecutor:
     begin = {"initializer": _begin, "initargs": (os.getpid(), folder)}
     pool = ProcessPoolExecutor(1, env=_ONE_THREAD, **begin)
     # A process inherits the mask of the thread that starts it, which keeps Ctrl-C from it until
-    # `_begin` has run. Python's resource tracker lifts the mask when it starts, so it starts before.
+    # `_begin` has run. Python's resource tracker lifts the mask when it starts: start it before.
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     return pool

@@ -75,8 +75,8 @@ def _first_difference(
     if not same.to_numpy().all():
         row, column = np.argwhere(~same.to_numpy())[0]
         raise AssertionError(
-            f"{a.columns[column]!s} at {a.index[row]!s} is {a.iat[row, column]!r} with the whole data "
-            f"and {b.iat[row, column]!r} {what}"
+            f"{a.columns[column]!s} at {a.index[row]!s} is {a.iat[row, column]!r} with the whole "
+            f"data and {b.iat[row, column]!r} {what}"
         )
 
 # %% ../../nbs/0_core/07_testing.ipynb #5d86882d

@@ -175,12 +175,13 @@ def _table(frame: pd.DataFrame) -> list[str]:
 def _training_lines(training: dict[str, Any]) -> list[str]:
     "What was trained, in three bullets."
     t, s, span = training["teacher"], training["student"], training["date_range"]
-    names = training["symbols"]
+    names, days = training["symbols"], f"{span['start']} to {span['end']}"
+    scores = f"validation F1 {_number(t['avg_f1'])}, AUC {_number(t['avg_auc'])}"
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     counts = "{success} trained, {skipped} skipped, {failed} failed"
     return [
-        f"- {len(names)} symbols ({shown}), {training['interval']} bars, {span['start']} to {span['end']}",
-        f"- teachers: {counts.format(**t)}; validation F1 {_number(t['avg_f1'])}, AUC {_number(t['avg_auc'])}",
+        f"- {len(names)} symbols ({shown}), {training['interval']} bars, {days}",
+        f"- teachers: {counts.format(**t)}; {scores}",
         f"- students: {counts.format(**s)}",
     ]
 

@@ -74,7 +74,7 @@ def validation_text(
     o, w = summary["overall"], summary["windows"]
     lines = ["# Validation, out of sample", ""]
     lines += [
-        f"{o['n']:,} predictions on {summary['symbols']} symbols and {summary['sessions']} sessions, "
+        f"{o['n']:,} predictions, {summary['symbols']} symbols, {summary['sessions']} sessions, "
         f"{summary['first']} to {summary['last']}.",
         "",
     ]
