@@ -1,7 +1,7 @@
 """Every check of the house, one after the other: what `make test` runs.
 
-`--fast` leaves out the tests marked slow and the demand on coverage, which they carry. A step that
-fails does not stop the others; the exit status says whether one did.
+`--fast` leaves out the tests marked slow, and the demand on coverage that only they can meet. A
+step that fails does not stop the others; the exit status says whether one did.
 """
 
 import os
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,48 +23,59 @@ class Step:
 
     name: str
     words: tuple[str, ...]
+    variables: dict[str, str] = field(default_factory=dict)  # of the environment, only here
+
+
+def pytest_words(fast: bool) -> tuple[str, ...]:
+    """pytest on two cores, adding its coverage to what the notebooks' lessons have covered."""
+    words = ("-m", "pytest", "-n", "2", "--dist", "loadfile", "--cov", "--cov-append")
+    words += ("--cov-report=term:skip-covered",)
+    return (*words, "-m", "not slow") if fast else (*words, f"--cov-fail-under={LEAST_COVERAGE}")
 
 
 def steps(fast: bool) -> list[Step]:
-    """What is checked, quick things first, pytest last so that its closing line is."""
-    tests = ("-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "--cov", "--cov-report=")
-    chosen = ("-m", "not slow") if fast else ()
-    show = ("-m", "coverage", "report", "--skip-covered", "--sort=cover")
-    least = () if fast else (f"--fail-under={LEAST_COVERAGE}",)
+    """What is checked: quick things first; pytest last, so that its closing line is."""
+    measured = {"COVERAGE_PROCESS_START": str(ROOT / "pyproject.toml")}
+    places = ("nbs", "tests", "setup.py")
     return [
-        Step("ruff: lint", ("-m", "ruff", "check", "--quiet", "nbs", "tests", "setup.py")),
-        Step("ruff: layout", ("-m", "ruff", "format", "--check", "nbs", "tests", "setup.py")),
-        Step("mypy", ("-m", "mypy", "--no-error-summary")),
-        Step("notebooks: nbdev-test", ("-c", NBDEV_TEST)),
-        Step("tests: pytest", (*tests, *chosen)),
-        Step("coverage", (*show, *least)),
+        Step("lint (ruff)", ("-m", "ruff", "check", "--quiet", *places)),
+        Step("layout (ruff)", ("-m", "ruff", "format", "--check", "--quiet", *places)),
+        Step("types (mypy)", ("-m", "mypy", "--no-error-summary")),
+        Step("lessons (nbdev-test)", ("-c", NBDEV_TEST), measured),
+        Step("tests (pytest)", pytest_words(fast)),
     ]
 
 
 def isolated(folder: str) -> dict[str, str]:
-    """The environment of the steps: nobody's own settings, data or runs."""
+    """An environment with nobody's own settings, data, runs or start-up scripts."""
     own = {k: v for k, v in os.environ.items() if not k.upper().startswith("SENSEQUANT_")}
-    settings = {"SENSEQUANT_HOME": folder, "SENSEQUANT_ENV_FILE": f"{folder}/.env"}
-    return own | settings | {"JUPYTER_PREFER_ENV_PATH": "1", "PYTHONUTF8": "1"}
+    places = {"SENSEQUANT_HOME": "home", "SENSEQUANT_ENV_FILE": ".env", "IPYTHONDIR": "ipython"}
+    places |= {"JUPYTER_CONFIG_DIR": "jupyter", "COVERAGE_FILE": ".coverage"}
+    fixed = {"JUPYTER_PREFER_ENV_PATH": "1", "PYTHONUTF8": "1"}
+    return own | {k: f"{folder}/{v}" for k, v in places.items()} | fixed
+
+
+def passed(step: Step, folder: str) -> bool:
+    """Run a step in the clone and say how it went."""
+    print(f"\n=== {step.name}", flush=True)
+    began, command = time.perf_counter(), [sys.executable, *step.words]
+    surroundings = isolated(folder) | step.variables
+    done = subprocess.run(
+        command, cwd=ROOT, env=surroundings, stdin=subprocess.DEVNULL, check=False
+    )
+    word = "ok" if done.returncode == 0 else f"FAILED ({done.returncode})"
+    print(f"=== {step.name}: {word}, {time.perf_counter() - began:.0f} s", flush=True)
+    return done.returncode == 0
 
 
 def main() -> int:
     """Run all steps and say which failed."""
-    fast, failed, began = "--fast" in sys.argv[1:], [], time.perf_counter()
+    chosen, began = steps(fast="--fast" in sys.argv[1:]), time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="sensequant-check-") as folder:
-        for step in steps(fast):
-            print(f"\n=== {step.name}", flush=True)
-            start, command = time.perf_counter(), [sys.executable, *step.words]
-            done = subprocess.run(
-                command, cwd=ROOT, env=isolated(folder), stdin=subprocess.DEVNULL, check=False
-            )
-            word = "ok" if done.returncode == 0 else f"FAILED ({done.returncode})"
-            print(f"=== {step.name}: {word}, {time.perf_counter() - start:.0f} s", flush=True)
-            failed += [step.name] if done.returncode else []
+        failed = [step.name for step in chosen if not passed(step, folder)]
     minutes = (time.perf_counter() - began) / 60
-    print(f"\n{len(failed)} of {len(steps(fast))} steps failed, {minutes:.1f} minutes", flush=True)
-    for name in failed:
-        print(f"  {name}")
+    names = f": {', '.join(failed)}" if failed else ""
+    print(f"{len(failed)} of {len(chosen)} steps failed{names}; {minutes:.1f} minutes", flush=True)
     return 1 if failed else 0
 
 

@@ -136,12 +136,16 @@ def test_what_the_store_lacks_is_reported(tmp_path):
     assert files_of(store) == before
 
 
-def test_a_store_that_cannot_be_written_fails_each_symbol(tmp_path):
-    (tmp_path / "bars").write_text("a file, not a folder")
-    feed = SimulatedFeed(SPEC)
-    result = ingest(feed, BarStore(tmp_path / "bars"), feed.symbols(), DAY, FIRST, LAST)
-    assert result.having("failed") == feed.symbols()
-    assert "must be writable" in result.results[0].reason
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_store_that_cannot_be_written_is_no_fault_of_the_symbols(tmp_path, workers):
+    "A disk that fills half way must not leave a smaller market to be judged."
+    feed, store = SimulatedFeed(SPEC), BarStore(tmp_path)
+    blocked = store.path(feed.name, "SIM002", DAY)
+    blocked.mkdir(parents=True)
+    with pytest.raises(DataError, match=r"1 of 6 not stored: .* for SIM002\.parquet"):
+        ingest(feed, store, feed.symbols(), DAY, FIRST, LAST, workers)
+    blocked.rmdir()
+    assert ingest(feed, store, feed.symbols(), DAY, FIRST, LAST).having("success")
 
 
 def test_refusals_before_any_work(tmp_path):

@@ -77,7 +77,7 @@ def test_an_edit_would_be_seen(written_again, tmp_path):
     notebook = json.loads(path.read_text("utf-8"))
     cell = next(c for c in notebook["cells"] if c["cell_type"] == "code")
     cell["outputs"] = [{"name": "stdout", "output_type": "stream", "text": ["x"]}]
-    path.write_text(json.dumps(notebook), "utf-8")
+    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", "utf-8")
     edited = contents(copy)
     subprocess.run([sys.executable, "tests/export.py"], cwd=copy, check=True, capture_output=True)
     mended = contents(copy)

@@ -30,7 +30,7 @@ def _read_text(path: Path) -> str:
     "The text of a plain or gzipped file; a DataError naming it when it is not whole text."
     try:
         data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" and data else data
+        data = gzip.decompress(data) if path.suffix.lower() == ".gz" and data else data
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError("a .gz file must be a whole gzip archive", error, path) from error
     except OSError as error:
@@ -274,7 +274,7 @@ def read_csv_bars(
     return CsvBars(bars.sort_index(), rejected, len(raw), origin, ignored, late)
 
 # %% ../../nbs/2_data/21_csv_bars.ipynb #8847b9fc
-_FILE = re.compile(r"([A-Za-z0-9][A-Za-z0-9&_.\-]*?)\.csv(\.gz)?")
+_FILE = re.compile(r"([A-Z0-9][A-Z0-9&_.\-]*?)\.csv(\.gz)?", re.IGNORECASE)
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -294,36 +294,43 @@ class CsvTree:
     def __repr__(self) -> str:
         return f"CsvTree({str(self.folder)!r})"
 
-    def _flat(self) -> list[tuple[str, Path]]:
-        found = [(_FILE.fullmatch(p.name), p) for p in _entries(self.folder) if p.is_file()]
-        return [(match[1], path) for match, path in found if match]
+    def _found(self) -> list[tuple[str, Path]]:
+        "Symbol and place of each file, and of each folder that holds an interval."
+        words, places = [i.value for i in Interval], _entries(self.folder)
+        files = [(_FILE.fullmatch(p.name), p) for p in places if p.is_file() or p.is_symlink()]
+        flat = [(match[1].upper(), path) for match, path in files if match]
+        folders = [p for p in places if p.is_dir() and any((p / w).is_dir() for w in words)]
+        nested = [(p.name.upper(), p) for p in folders]
+        return flat + nested
 
     def symbols(self) -> list[str]:
-        "Names of symbols with at least one file or interval folder, sorted."
-        words = [i.value for i in Interval]
-        folders = [p.name for p in _entries(self.folder) if any((p / w).is_dir() for w in words)]
-        return sorted({name for name, _ in self._flat()} | set(folders))
+        "Names of symbols with at least one file or interval folder, in capitals, sorted."
+        return sorted({name for name, _ in self._found()})
 
     def files(self, symbol: str, interval: Interval) -> list[Path]:
         "The files of `symbol`; a DataError with near names when there is none."
         return _files(self, symbol, Interval(interval))
 
 # %% ../../nbs/2_data/21_csv_bars.ipynb #a71eb766
+def _meant(symbol: str, held: list[str]) -> str:
+    "Names like `symbol`, or how many there are."
+    near = difflib.get_close_matches(symbol.upper(), held, 3)
+    return f"Did you mean {', '.join(near)}?" if near else f"The folder holds {len(held)} symbols"
+
+# %% ../../nbs/2_data/21_csv_bars.ipynb #1ac7fe66
 def _files(tree: CsvTree, symbol: str, interval: Interval) -> list[Path]:
     "The files of `symbol` from one of the two layouts, never a mixture."
-    flat = [path for name, path in tree._flat() if name == symbol]
-    nested = tree.folder / symbol / interval.value
-    if len(flat) + nested.is_dir() > 1:
-        places = ", ".join(p.name for p in flat) + (f", {nested}" if nested.is_dir() else "")
-        raise DataError(f"one place must hold {symbol}", places, tree.folder)
-    files = flat or (
-        [p for p in _entries(nested) if _FILE.fullmatch(p.name)] if nested.is_dir() else []
-    )
+    held = [p for name, p in tree._found() if name == symbol.upper()]
+    places = [p / interval.value if p.is_dir() else p for p in held]
+    files = [p for p in places if p.suffix or p.is_dir()]
+    if len(files) > 1:
+        names = ", ".join(str(p.relative_to(tree.folder)) for p in files)
+        raise DataError(f"one place must hold {symbol}", names, tree.folder)
+    if files and files[0].is_dir():
+        files = [p for p in _entries(files[0]) if _FILE.fullmatch(p.name)]
     if not files:
-        held = {s.upper(): s for s in tree.symbols()}
-        near = [held[n] for n in difflib.get_close_matches(symbol.upper(), held, 3)]
-        fix = (
-            f"Did you mean {', '.join(near)}?" if near else f"The folder holds {len(held)} symbols"
-        )
-        raise DataError(f"{interval} bars of {symbol} must be there", "no file", tree.folder, fix)
+        other = [i for i in Interval if i != interval and any((p / i).is_dir() for p in held)]
+        found = f"only {', '.join(other)}" if other else "no file"
+        fix = None if held else _meant(symbol, tree.symbols())
+        raise DataError(f"{interval} bars of {symbol} must be there", found, tree.folder, fix)
     return files

@@ -45,8 +45,12 @@ class CsvFeed:
         self.name = name or _folder_name(self.tree.folder)
 
     def symbols(self) -> list[str]:
-        "Symbols that have a file, sorted."
-        return self.tree.symbols()
+        "Symbols that have a file, sorted; a folder without any is refused."
+        held = self.tree.symbols()
+        if not held:
+            must = "the folder must hold SYMBOL.csv, SYMBOL.csv.gz or SYMBOL/INTERVAL/*.csv[.gz]"
+            raise DataError(must, "none of them", self.tree.folder)
+        return held
 
     def listed_on(self, symbol: str) -> date | None:
         "First trading day of `symbol` by the symbol table, None where unknown."

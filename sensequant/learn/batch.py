@@ -90,16 +90,18 @@ def symbol_table(
     "The table of a symbol, from the bars pinned to the run."
     return label_table(pinned_bars(run, symbol), read_inputs(run).interval, spec)
 
-
+# %% ../../nbs/5_learn/53_batch.ipynb #fa399607
 def plan_symbol(
     inputs: Inputs,
     symbol: str,
     table: pd.DataFrame,  # from `symbol_table`
     spec: WindowSpec,
+    folds: int = TeacherSpec.folds,  # that its teachers are cut into
 ) -> list[PlannedWindow]:  # by start
     "The windows of a symbol, each with its skip class if it has one."
     spans = (spec.window_days, spec.window_step_days)
-    rules = WindowRules(spec.horizon_days, spec.min_window_bars, inputs.listed_on[symbol])
+    listed = inputs.listed_on[symbol]
+    rules = WindowRules(spec.horizon_days, spec.min_window_bars, listed, folds)
     return plan_windows(cut_windows(symbol, inputs.start, inputs.end, *spans), table, rules)
 
 # %% ../../nbs/5_learn/53_batch.ipynb #e2269fed
@@ -247,7 +249,8 @@ class TeacherTask:
     ) -> list[WindowRecord]:  # by start
         "Outcomes of the symbol's windows, skipped ones too."
         table = symbol_table(self.run, symbol, self.window)
-        plans = plan_symbol(read_inputs(self.run), symbol, table, self.window)
+        inputs = read_inputs(self.run)
+        plans = plan_symbol(inputs, symbol, table, self.window, self.teacher.folds)
         with threadpool_limits(1):  # sums come out the same in any process
             return [tell(self.run, self._outcome(p, table), "2_teacher") for p in plans]
 

@@ -13,9 +13,9 @@ from typing import Any
 import pandas as pd
 
 from ..core.errors import DataError
-from ..core.types import IST, PREDICTION_COLUMNS
+from ..core.types import PREDICTION_COLUMNS
 from ..data.runs import Run
-from ..features.labels import CLASSES, label_scores
+from ..features.labels import label_scores
 from ..features.windows import first_after
 from .batch import WindowRecord, WindowSpec, read_window_runs, symbol_table
 from .student import unpack_student

@@ -12,6 +12,7 @@ __all__ = ['FINISHED', 'FAILED', 'USAGE', 'MISSED', 'BUSY', 'INTERRUPTED', 'app'
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -94,8 +95,8 @@ class BarWatcher:
         if status == "running":
             total = self.total if phase.trains else None
             self.progress.update(self.phases, note=phase.question)
-            look = {"description": phase.name, "total": total, "completed": 0, "note": ""}
-            self.progress.update(self.inner, visible=True, **look)
+            self.progress.remove_task(self.inner)  # a new one has its own clock
+            self.inner = self.progress.add_task(phase.name, total=total, note="")
             return
         self.progress.update(self.inner, visible=False)
         self.progress.advance(self.phases)
@@ -189,7 +190,8 @@ def close(
 def _next(ended: Any) -> str:
     "What a person can do now."
     if ended.status != "success":
-        return f"mend the cause, then: sensequant resume {ended.run.run_id}"
+        before = "" if ended.status == "interrupted" else "mend the cause, then: "
+        return f"{before}sensequant resume {ended.run.run_id}"
     if ended.verdict == "rejected":
         return "read why in the report; do not trade this candidate"
     return f"read {ended.run.pages / 'briefing.html'} and decide"
@@ -206,9 +208,8 @@ def _print_plan(plan: Any, left_out: list[str]) -> None:
         say(f"  refused {symbol}: {reason}")
     if left_out:
         say(f"  not in the feed: {', '.join(left_out)}")
-    say(
-        f"Expected: {plan.seconds / 60:.1f} minutes of training, {plan.megabytes:,.0f} MB on disk (one window measured)."
-    )
+    cost = f"{plan.seconds / 60:.1f} minutes of training, {plan.megabytes:,.0f} MB on disk"
+    say(f"Expected: {cost} (one window measured).")
 
 
 def _start(settings: Any, symbols: list[str], options: dict[str, Any]) -> int:
@@ -218,14 +219,28 @@ def _start(settings: Any, symbols: list[str], options: dict[str, Any]) -> int:
     config = o.run_config(settings, symbols, options["skip_fetch"])
     feed = o.open_feed(config)
     config, left_out = present(config, feed, options["universe"])
+    o.require_inputs(config, feed)
     if options["dryrun"]:
-        o.require_symbols(config, feed)
-        _print_plan(o.plan_run(config, feed), left_out)
+        _print_plan(o.plan_run(config, feed, settings.home), left_out)
         return FINISHED
-    o.require_runnable(config, settings.home)
-    run = o.begin_run(config, settings.home)
-    say(f"Run {run.run_id}" + (f"; not in the feed: {', '.join(left_out)}" if left_out else ""))
-    return close(o.go_on(run, watcher()), options["require_pass"])
+    o.require_folders(settings.home)
+    if left_out:
+        say(f"Not in the feed: {', '.join(left_out)}")
+    return _walk(lambda: o.begin_run(config, settings.home), options["require_pass"])
+
+
+def _walk(find: Callable[[], Any], require_pass: bool) -> int:
+    "Go on with a run to its end; what stops it from here on is a failure, not wrong use."
+    from sensequant.ops import orchestrator as o
+
+    try:
+        run = find()
+        say(f"Run {run.run_id}")
+        return close(o.go_on(run, watcher()), require_pass)
+    except GateError as error:  # somebody else works on it
+        raise refuse(error, BUSY) from None
+    except SenseQuantError as error:
+        raise refuse(error, FAILED) from None
 
 # %% ../../nbs/9_ops/95_cli.ipynb #6537b7b0
 def _opt(help: str, *names: str) -> Any:
@@ -283,14 +298,10 @@ def resume(
     from sensequant.ops import orchestrator as o
 
     try:
-        home = load_settings().home
-        run = o.claim_run(run_id, home)
-    except GateError as error:
-        raise refuse(error, BUSY) from None
+        found = o.open_run(run_id, load_settings().home)
     except SenseQuantError as error:
         raise refuse(error) from None
-    say(f"Run {run.run_id}")
-    raise typer.Exit(close(o.go_on(run, watcher()), require_pass))
+    raise typer.Exit(_walk(lambda: o.claim_run(found.run_id, found.home), require_pass))
 
 
 @app.command()

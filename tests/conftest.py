@@ -1,0 +1,57 @@
+"""Fixtures for all tests: no test reads or writes the clone's own data, runs, reports or settings,
+and one small finished run is shared by every test that only looks at it."""
+
+import os
+import shutil
+
+import pytest
+
+from sensequant.core.settings import load_settings
+from sensequant.data.runs import Run
+from sensequant.ops.orchestrator import begin_run, go_on, run_config
+
+# Three shares, one listed late, five windows each, a few trees: about half a minute, nearly all of
+# it the start of seven kernels. The planted signal is strong enough to pass the preliminary gate.
+MARKET = {"sim_symbols": 10, "signal_ic": 0.4, "start": "2023-01-02", "end": "2024-02-29"}
+WINDOWS = {"window_days": 90, "window_step_days": 90, "min_window_bars": 40}
+MODELS = {"teacher_n_estimators": 20, "teacher_learning_rate": 0.1}
+SMALL = MARKET | WINDOWS | MODELS | {"bootstrap_samples": 200, "min_oos_sessions": 60}
+SYMBOLS = ["SIM001", "SIM002", "SIM010"]
+
+
+def isolate(patch, folder):
+    "Point the settings to a home and a `.env` below `folder`; neither is there yet."
+    for name in [n for n in os.environ if n.upper().startswith("SENSEQUANT_")]:
+        patch.delenv(name)
+    patch.setenv("SENSEQUANT_HOME", str(folder / "home"))
+    patch.setenv("SENSEQUANT_ENV_FILE", str(folder / ".env"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_session(tmp_path_factory):
+    "Fixtures shared between tests have a home of their own."
+    with pytest.MonkeyPatch.context() as patch:
+        isolate(patch, tmp_path_factory.mktemp("session"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path_factory, monkeypatch):
+    "Every test has a home of its own."
+    isolate(monkeypatch, tmp_path_factory.mktemp("own"))
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    "A small run that reached its verdict, with one worker; to be looked at, never changed."
+    config = run_config(load_settings(workers=1, **SMALL), SYMBOLS)
+    ended = go_on(begin_run(config, tmp_path_factory.mktemp("finished")))
+    assert ended.status == "success", ended.message
+    return ended.run
+
+
+@pytest.fixture
+def copied_run(finished_run, tmp_path):
+    "The same run in a home of its own, to be damaged and mended."
+    shutil.copytree(finished_run.home, tmp_path / "copy")
+    return Run(finished_run.run_id, tmp_path / "copy")
