@@ -42,6 +42,7 @@ lab: $(STAMP)  ## JupyterLab, opened on the first look
 
 text: $(STAMP)  ## notebooks as text in text/, to be edited there and synced back with make text
 	@$(PY) -m jupytext --quiet --sync nbs/*.ipynb nbs/*/*.ipynb
+	$(PY) -c 'from nbdev.clean import nbdev_clean; nbdev_clean()'
 	echo "text/ mirrors nbs/; edit there, then make text export"
 
 export: $(STAMP)  ## clean the notebooks and write the package and README.md from them

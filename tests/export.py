@@ -69,7 +69,7 @@ def settings_lines() -> Iterator[str]:
     sys.path.insert(0, str(ROOT))  # this clone's package, as it was just written
     from sensequant.core.settings import PREFIX, Settings
 
-    for group in Settings.__bases__[:-1]:
+    for group in reversed(Settings.__bases__[:-1]):  # as pydantic orders them
         yield f"\n# --- {group.__doc__}"
         for name, field in group.model_fields.items():
             extra = field.json_schema_extra or {}

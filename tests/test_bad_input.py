@@ -21,7 +21,7 @@ from sensequant.data.feeds import CsvFeed, SimulatedFeed
 from sensequant.market.calendar import known
 from sensequant.market.simulator import MarketSpec
 from sensequant.ops.cli import app
-from sensequant.ops.orchestrator import PHASES, begin_run, run_config
+from sensequant.ops.orchestrator import begin_run, run_config
 
 HEAD = "date,open,high,low,close,volume"
 SPEC = MarketSpec(2, date(2022, 6, 1), date(2024, 2, 29), 1, 0.4)
@@ -378,13 +378,3 @@ def test_a_run_goes_on_without_the_symbols_it_refuses(tmp_path, monkeypatch, row
     assert aside.read_bytes() == damaged
     page = (home / "reports" / run.name / "1_ingest.html").read_text("utf-8")
     assert "high_below_low" in page and "BAD" in page
-
-
-@pytest.mark.slow
-def test_a_range_in_which_every_window_is_skipped_says_so(home):
-    words = settings_of(start="2024-02-01", end="2024-02-29")
-    done = sensequant("run", "--sim-symbols", "1", *words)
-    assert done.exit_code == 1 and "at least one window must be trainable" in done.output
-    assert "insufficient_future" in done.output and "Take a longer range" in done.output
-    (run,) = (home / "runs").iterdir()
-    assert {p.name for p in PHASES[2:]}.isdisjoint(p.stem for p in run.glob("*.ipynb"))

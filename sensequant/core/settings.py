@@ -149,8 +149,8 @@ class BrokerSettings(BaseModel):
 
 # %% ../../nbs/0_core/02_settings.ipynb #00d5abaa
 class Settings(
-    MarketSettings, WindowSettings, ModelSettings, JudgeSettings, BrokerSettings, BaseSettings
-):
+    BrokerSettings, JudgeSettings, ModelSettings, WindowSettings, MarketSettings, BaseSettings
+):  # pydantic lists fields from the last base on, so the market comes first
     "All settings, checked; read one with `load_settings()`."
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
