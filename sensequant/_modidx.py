@@ -1072,6 +1072,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'sensequant.ops.cli._next': ('9_ops/cli.html#_next', 'sensequant/ops/cli.py'),
                                     'sensequant.ops.cli._opt': ('9_ops/cli.html#_opt', 'sensequant/ops/cli.py'),
                                     'sensequant.ops.cli._print_plan': ('9_ops/cli.html#_print_plan', 'sensequant/ops/cli.py'),
+                                    'sensequant.ops.cli._program': ('9_ops/cli.html#_program', 'sensequant/ops/cli.py'),
                                     'sensequant.ops.cli._start': ('9_ops/cli.html#_start', 'sensequant/ops/cli.py'),
                                     'sensequant.ops.cli._walk': ('9_ops/cli.html#_walk', 'sensequant/ops/cli.py'),
                                     'sensequant.ops.cli.close': ('9_ops/cli.html#close', 'sensequant/ops/cli.py'),
@@ -1194,4 +1195,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                              'sensequant.ops.orchestrator.undo_rest': ( '9_ops/orchestrator.html#undo_rest',
                                                                                         'sensequant/ops/orchestrator.py'),
                                              'sensequant.ops.orchestrator.verdict_of': ( '9_ops/orchestrator.html#verdict_of',
-                                                                                         'sensequant/ops/orchestrator.py')}}}
+                                                                                         'sensequant/ops/orchestrator.py'),
+                                             'sensequant.ops.orchestrator.warnings_of': ( '9_ops/orchestrator.html#warnings_of',
+                                                                                          'sensequant/ops/orchestrator.py')}}}

@@ -11,7 +11,7 @@ from pathlib import Path
 import papermill
 import pytest
 
-from sensequant.core.settings import PREFIX, Settings
+from sensequant.core.settings import PREFIX, Settings, load_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
@@ -162,14 +162,45 @@ def test_phases_show_production_values():
                 assert str(held[name]) == str(value), f"{path.name}: {name}"
 
 
-def test_the_example_of_settings_names_every_one():
+def settings_of(path: Path) -> dict:
+    "What a run would read from a `.env` file alone."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(PREFIX + "HOME", raising=False)
+        patch.setenv(PREFIX + "ENV_FILE", str(path))
+        return load_settings().model_dump()
+
+
+def test_the_example_of_settings_holds_every_default_and_can_be_read(tmp_path):
     text = (ROOT / ".env.example").read_text("utf-8")
-    named = re.findall(rf"^# ?{PREFIX}(\w+)=", text, re.M)
-    assert [n.lower() for n in named] == list(Settings.model_fields)
+    pairs = dict(re.findall(rf"^# {PREFIX}(\w+)=(.*)$", text, re.M))
+    assert [k.lower() for k in pairs] == list(Settings.model_fields)
     for name, field in Settings.model_fields.items():
-        if name in ("home",) or field.default is None:
-            continue
-        assert f"# {PREFIX}{name.upper()}={field.default}\n" in text
+        extra = field.json_schema_extra or {}
+        line = next(t for t in text.splitlines() if t.startswith(f"# {field.description}"))
+        assert extra.get("unit", "") in line and extra.get("range", "") in line, name
+    (tmp_path / "all.env").write_text(
+        "\n".join(f"{PREFIX}{k}={v}" for k, v in pairs.items() if v), "utf-8"
+    )
+    (tmp_path / "none.env").touch()
+    assert settings_of(tmp_path / "all.env") == settings_of(tmp_path / "none.env")
+    (tmp_path / "all.env").write_text(f"{PREFIX}SEED=2", "utf-8")
+    assert settings_of(tmp_path / "all.env") != settings_of(tmp_path / "none.env")
+
+
+def table_rows(text: str) -> dict[str, str]:
+    "The last cell of each row of the Markdown tables, by the first."
+    rows = re.findall(r"^\| `?([\w/]+)`? \|(?:.*\|)? ([^|]+) \|$", text, re.M)
+    return dict(rows)
+
+
+def test_the_readme_maps_every_notebook_and_every_phase():
+    rows = table_rows((ROOT / "README.md").read_text("utf-8"))
+    for folder in {p.parent for p in CHAPTERS}:
+        names = [p.stem.split("_", 1)[1] for p in CHAPTERS if p.parent == folder]
+        assert rows[f"nbs/{folder.name}"].split(", ") == names
+    for path in PHASES:
+        title = "".join(json.loads(path.read_text("utf-8"))["cells"][0]["source"]).splitlines()[0]
+        assert f"# {rows[path.stem]}" == title
 
 
 def test_the_first_look_runs_on_a_finished_run(finished_run, tmp_path, monkeypatch):

@@ -480,15 +480,22 @@ def test_failures_are_counted_and_skips_are_not(finished_run, tmp_path):
 # The whole way, in processes of its own
 
 
+def events_of(run):
+    "Events of a run so far."
+    path = run.folder / "events.jsonl"
+    return read_events(path)[0] if path.exists() else []
+
+
 class Walk:
     "A `sensequant` process as a user starts one, and what can be done to it."
 
-    def __init__(self, home, *words, **environment):
+    def __init__(self, home, *words):
         self.home = home
-        self.before = len(self.told())
         home.parent.mkdir(parents=True, exist_ok=True)
         self.log = home.parent / f"log-{time.monotonic_ns()}"
-        known = ENVIRONMENT | {"SENSEQUANT_HOME": str(home)} | environment
+        # The home is named from the working directory, which is not the one of the phases.
+        known = ENVIRONMENT | {"SENSEQUANT_HOME": home.name}
+        self.before = 0 if words[0] == "run" else len(events_of(Run(words[1], home)))
         with self.log.open("w") as log:
             streams = {"stdout": log, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
             self.process = subprocess.Popen(
@@ -497,17 +504,13 @@ class Walk:
 
     @property
     def run(self):
-        "The newest run of the home."
-        return Run(max(p.name for p in (self.home / "runs").iterdir()), self.home)
-
-    def told(self):
-        "Events of the newest run so far."
-        paths = sorted(self.home.glob("runs/*/events.jsonl"))
-        return read_events(paths[-1])[0] if paths else []
+        "The run it works on, None before it has said so."
+        said = re.search(r"^Run (live_candidate_\d+_\d+)$", self.log.read_text(), re.M)
+        return Run(said[1], self.home) if said else None
 
     def news(self):
         "Events since this process was started."
-        return self.told()[self.before :]
+        return events_of(self.run)[self.before :] if self.run else []
 
     def until(self, seen, seconds=180):
         "Wait until `seen()`."
@@ -545,6 +548,9 @@ class Walk:
         return family
 
 
+WALKS = {}
+
+
 def walk_beside(function):
     "A test that takes long: two such walks go beside each other, and each test awaits its own."
 
@@ -556,16 +562,18 @@ def walk_beside(function):
     return test
 
 
-WALKS = {}
-
-
 @pytest.fixture(scope="module")
 def walks(request, finished_run, tmp_path_factory):
-    "The long walks that were asked for, by name."
-    asked = {item.name for item in request.session.items} & WALKS.keys()
-    pool = ThreadPoolExecutor(2)
-    folders = {name: tmp_path_factory.mktemp("walk") for name in WALKS if name in asked}
-    yield {n: pool.submit(WALKS[n], finished_run, folder) for n, folder in folders.items()}
+    "The long walks that were asked for, by name; the first two share a home."
+    asked, pool = {item.name for item in request.session.items}, ThreadPoolExecutor(2)
+    shared = tmp_path_factory.mktemp("shared")
+    begun = {}
+    for name, walk in WALKS.items():
+        both = name in TOGETHER and test_two_runs_in_one_home_do_not_disturb_each_other.__name__
+        if name in asked or both in asked:
+            folder = shared if name in TOGETHER else tmp_path_factory.mktemp("walk")
+            begun[name] = pool.submit(walk, finished_run, folder)
+    yield begun
     pool.shutdown(cancel_futures=True)
 
 
@@ -580,9 +588,10 @@ def require_gone(family, seconds=8):
 def test_a_run_killed_anywhere_and_resumed_ends_the_same(finished_run, folder):
     home = folder / "a home"
     walk = Walk(home, "run", *given(), "--workers", "2")
-    walk.until(lambda: list(home.glob("data/bars/*/1day/*.parquet")))  # in the middle of phase 1
-    families = [walk.kill()]
+    walk.until_event("phase_start", "1_ingest")
     run = walk.run
+    walk.until(lambda: list(run.folder.glob("bars/*.parquet")))  # in the middle of phase 1
+    families = [walk.kill()]
     assert statuses(run) == ({"1_ingest": "running"}, "running")
 
     walk = Walk(home, "resume", run.run_id)
@@ -597,7 +606,7 @@ def test_a_run_killed_anywhere_and_resumed_ends_the_same(finished_run, folder):
     assert statuses(run)[0] == {"1_ingest": "success", "2_teacher": "running"}
 
     for event in ("teacher_window_success", "student_window_success"):
-        walk = Walk(home, "resume")
+        walk = Walk(home, "resume", run.run_id)
         walk.until_event(event)
         families += [walk.kill()]
         assert len(families[-1]) > 2  # with its kernel and a worker at least
@@ -608,41 +617,25 @@ def test_a_run_killed_anywhere_and_resumed_ends_the_same(finished_run, folder):
         done = {p.parent.name for p in run.folder.glob("teacher/*/metadata.json")}
     assert len(told) == len(done) == 9
 
-    walk = Walk(home, "resume")
+    walk = Walk(home, "resume", run.run_id)
     walk.until(lambda: (run.folder / "predictions.parquet").exists())
     families += [walk.kill()]
     assert statuses(run)[0] == dict.fromkeys(NAMES[:3], "success") | {"4_validate": "running"}
 
-    walk = Walk(home, "resume")
+    walk = Walk(home, "resume", run.run_id)
     assert walk.ended() == 0, walk.log.read_text()
     assert walk.log.read_text().count("done before") == 3
     require_whole(run)
     assert evidence(run) == evidence(finished_run)
     assert not [e for e in walk.news() if e.event_type.startswith(("teacher", "student"))]
     require_gone([p for family in families for p in family])
+    return run
 
 
 def durations(events):
     "Seconds of each teacher that was trained, by window; None where it was found done."
     kind = "teacher_window_success"
     return {e.window_label: e.duration_seconds for e in events if e.event_type == kind}
-
-
-@walk_beside
-def test_two_runs_at_once_with_two_workers_each_end_the_same(finished_run, folder):
-    here = {"SENSEQUANT_HOME": "home"}  # below the working directory, which is not the phases'
-    words = ["run", *given(), "--workers", "2"]
-    walks = [Walk(folder / "home", *words, **here) for _ in range(2)]
-    assert [w.ended() for w in walks] == [0, 0], [w.log.read_text() for w in walks]
-    runs = [Run(p.name, folder / "home") for p in sorted((folder / "home/runs").iterdir())]
-    assert len(runs) == 2
-    for run in runs:
-        require_whole(run)
-        assert evidence(run) == evidence(finished_run)
-        assert all(e.run_id == run.run_id for e in read_events(run.folder / "events.jsonl")[0])
-    printed = [w.log.read_text() for w in walks]
-    assert [sum(r.run_id in p for p in printed) for r in runs] == [1, 1]
-    assert all("Ready for review" in p and "KeyboardInterrupt" not in p for p in printed)
 
 
 def require_stopped(walk, phase):
@@ -662,9 +655,10 @@ def require_stopped(walk, phase):
 
 @walk_beside
 def test_ctrl_c_stops_cleanly_and_the_run_can_go_on(finished_run, folder):
-    home = folder / "home"
+    home = folder / "a home"
     walk = Walk(home, "run", *given(), "--workers", "2")
     walk.until_event("teacher_window_success")
+    run = walk.run
     family, began = walk.family(), time.monotonic()
     os.killpg(walk.process.pid, signal.SIGINT)  # as a terminal does
     assert walk.ended() == 130, walk.log.read_text()
@@ -672,7 +666,7 @@ def test_ctrl_c_stops_cleanly_and_the_run_can_go_on(finished_run, folder):
     require_gone(family)
     require_stopped(walk, "2_teacher")
 
-    walk = Walk(home, "resume")
+    walk = Walk(home, "resume", run.run_id)
     walk.until_event("phase_start", "3_student")
     family = walk.family()
     for _ in range(2):  # somebody impatient
@@ -683,17 +677,36 @@ def test_ctrl_c_stops_cleanly_and_the_run_can_go_on(finished_run, folder):
     require_gone(family)
     require_stopped(walk, "3_student")
 
-    walk = Walk(home, "resume")
+    walk = Walk(home, "resume", run.run_id)
     walk.until_event("phase_start", "4_validate")
     time.sleep(1)
     os.kill(walk.process.pid, signal.SIGTERM)
     assert walk.ended() == 130, walk.log.read_text()
     require_stopped(walk, "4_validate")
 
-    walk = Walk(home, "resume")
+    walk = Walk(home, "resume", run.run_id)
     assert walk.ended() == 0, walk.log.read_text()
-    require_whole(walk.run)
-    assert evidence(walk.run) == evidence(finished_run)
+    require_whole(run)
+    assert evidence(run) == evidence(finished_run)
+    return run
+
+
+TOGETHER = (
+    "test_a_run_killed_anywhere_and_resumed_ends_the_same",
+    "test_ctrl_c_stops_cleanly_and_the_run_can_go_on",
+)
+
+
+@pytest.mark.slow
+def test_two_runs_in_one_home_do_not_disturb_each_other(finished_run, walks):
+    "The same market, the same bar store, the same moment, two workers each."
+    runs = [walks[name].result() for name in TOGETHER]
+    assert runs[0].home == runs[1].home and runs[0].run_id != runs[1].run_id
+    assert {p.name for p in (runs[0].home / "runs").iterdir()} == {r.run_id for r in runs}
+    for run in runs:
+        require_whole(run)
+        assert evidence(run) == evidence(finished_run)
+        assert {e.run_id for e in events_of(run)} == {run.run_id}
 
 
 @walk_beside
@@ -701,7 +714,7 @@ def test_a_run_fails_is_mended_and_is_rejected(finished_run, folder):
     home = folder / "home"
     blocked = ["SIM001_2023-04-02_to_2023-06-30", "SIM002_2023-01-02_to_2023-04-01"]
     walk = Walk(home, "run", *given(signal_ic=0, label_threshold_frac=0.01))
-    walk.until(lambda: list(home.glob("runs/*/config.json")))
+    walk.until_event("run_start")
     run = walk.run
     for label in blocked:
         (run.folder / "teacher" / label / "model.txt.zst").mkdir(parents=True)
@@ -723,7 +736,7 @@ def test_a_run_fails_is_mended_and_is_rejected(finished_run, folder):
 
     # 1 of 9 may fail; then a file is changed while the run goes on
     (run.folder / "teacher" / blocked[0] / "model.txt.zst").rmdir()
-    walk = Walk(home, "resume")
+    walk = Walk(home, "resume", run.run_id)
     walk.until_event("phase_end", "3_student")
     (run.folder / "student_runs.json").write_text("changed")
     assert walk.ended() == 1
@@ -733,7 +746,7 @@ def test_a_run_fails_is_mended_and_is_rejected(finished_run, folder):
     assert statuses(run)[0] == dict.fromkeys(NAMES[:3], "success") | {"4_validate": "failed"}
 
     # A rejection is a finished run; only who requires a pass hears of it
-    walk = Walk(home, "resume", "--require-pass")
+    walk = Walk(home, "resume", run.run_id, "--require-pass")
     assert walk.ended() == 3, walk.log.read_text()
     assert "Rejected" in walk.log.read_text()
     require_whole(run)
@@ -742,7 +755,7 @@ def test_a_run_fails_is_mended_and_is_rejected(finished_run, folder):
     with run.state as state:
         candidate = state.candidate(run.run_id)
     assert candidate.status == "rejected" and candidate.reasons
-    assert Walk(home, "resume").ended() == 0
+    assert Walk(home, "resume", run.run_id).ended() == 0
 
 
 def lines_of_windows(run):
@@ -773,7 +786,7 @@ def test_a_damaged_run_is_made_whole(finished_run, folder):
     shutil.copytree(finished_run.home, home)
     (run.folder / "stat_tests.json").unlink()
     (run.folder / "7_briefing.ipynb").write_text("edited by hand")
-    walk = Walk(home, "resume")
+    walk = Walk(home, "resume", run.run_id)
     walk.until(lambda: any(map(is_kernel, walk.family())))
     kill_all(filter(is_kernel, walk.family()))  # as a lack of memory does
     assert walk.ended() == 1
@@ -781,7 +794,7 @@ def test_a_damaged_run_is_made_whole(finished_run, folder):
     phases, status = statuses(run)
     assert (phases["5_stat_tests"], phases["6_audit"], status) == ("failed", "partial", "failed")
     assert done_phases(run) == NAMES[:4]
-    walk = Walk(home, "resume")
+    walk = Walk(home, "resume", run.run_id)
     assert walk.ended() == 0, walk.log.read_text()
     require_whole(run)
     assert evidence(run) == evidence(finished_run)

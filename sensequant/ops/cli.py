@@ -10,6 +10,7 @@ __all__ = ['FINISHED', 'FAILED', 'USAGE', 'MISSED', 'BUSY', 'INTERRUPTED', 'app'
 
 # %% ../../nbs/9_ops/95_cli.ipynb #fb7f9a27
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..core.errors import DataError, GateError, SenseQuantError, SettingsError
 from ..core.settings import describe_settings, load_settings
@@ -35,9 +36,12 @@ app = typer.Typer(
 )
 
 
-def say(text: str = "") -> None:
-    "A line for a person, at once."
-    print(text, flush=True)
+def say(text: str = "", end: str = "\n") -> None:
+    "A line for a person, at once; when nobody reads any more, the work goes on unheard."
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def refuse(error: SenseQuantError, code: int = USAGE) -> typer.Exit:
@@ -55,7 +59,7 @@ class LineWatcher:
     def phase(self, phase: Any, status: str, seconds: float, note: str = "") -> None:
         "Begin the line of a phase, or end it."
         if status == "running":
-            print(f"Phase {phase.name[0]}/7  {phase.question:<48}", end=" ", flush=True)
+            say(f"Phase {phase.name[0]}/7  {phase.question:<48}", end=" ")
         elif not seconds:
             say(f"Phase {phase.name[0]}/7  {phase.question:<48} {note}")
         else:
@@ -74,14 +78,16 @@ class BarWatcher:
     "Two bars that move, for a terminal."
 
     def __init__(self, console: Console | None = None):
-        words, note = TextColumn("{task.description:<11}"), TextColumn("{task.fields[note]}")
+        narrow = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+        words = TextColumn("{task.description:<11}")
+        note = TextColumn("{task.fields[note]}", table_column=narrow)
         columns = (
             words,
-            BarColumn(36),
+            BarColumn(24),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
         )
-        self.progress = Progress(*columns, note, console=console or Console())
+        self.progress = Progress(*columns, note, console=console or Console(), expand=True)
         self.phases = self.progress.add_task("run", total=7, note="")
         self.inner, self.total = self.progress.add_task("", total=None, note="", visible=False), 0
 
@@ -131,13 +137,14 @@ def read_symbols(
     if universe is not None:
         from sensequant.market.symbols import universe as members
 
-        return sorted(s.nse_code for s in members(universe))
+        return sorted(s.nse_code for s in members(universe.lower()))
     text = symbols or ""
     if symbols_file is not None:
         try:
-            text = symbols_file.read_text("utf-8")
+            text = symbols_file.read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError("the symbols file must be readable text", error, symbols_file) from None
+            found = error.strerror if isinstance(error, OSError) else "bytes that are no text"
+            raise DataError("the symbols file must be readable text", found, symbols_file) from None
     words = [line.split("#")[0] for line in text.replace(",", "\n").splitlines()]
     names = sorted({w.strip().upper() for w in words} - {""})
     if not names and (symbols is not None or symbols_file is not None):
@@ -187,11 +194,18 @@ def close(
     return MISSED if require_pass and ended.verdict != "ready-for-review" else FINISHED
 
 
+def _program() -> str:  # with a slash at its end
+    "Where the command lies, for a shell in the working directory."
+    folder = Path(sys.executable).parent
+    near = folder.is_relative_to(Path.cwd())
+    return f"{folder.relative_to(Path.cwd()) if near else folder}/"
+
+
 def _next(ended: Any) -> str:
     "What a person can do now."
     if ended.status != "success":
         before = "" if ended.status == "interrupted" else "mend the cause, then: "
-        return f"{before}sensequant resume {ended.run.run_id}"
+        return f"{before}{_program()}sensequant resume {ended.run.run_id}"
     if ended.verdict == "rejected":
         return "read why in the report; do not trade this candidate"
     return f"read {ended.run.pages / 'briefing.html'} and decide"
@@ -236,7 +250,10 @@ def _walk(find: Callable[[], Any], require_pass: bool) -> int:
     try:
         run = find()
         say(f"Run {run.run_id}")
-        return close(o.go_on(run, watcher()), require_pass)
+        ended = o.go_on(run, watcher())
+        for warning in o.warnings_of(run):
+            say(f"warning: {warning}")
+        return close(ended, require_pass)
     except GateError as error:  # somebody else works on it
         raise refuse(error, BUSY) from None
     except SenseQuantError as error:
@@ -259,8 +276,12 @@ def run(
     csv_dir: Annotated[
         Path | None, _opt("folder of SYMBOL.csv[.gz] or SYMBOL/INTERVAL/*.csv[.gz]")
     ] = None,
-    csv_zone: Annotated[str | None, _opt("zone of times without one [Asia/Kolkata]")] = None,
-    benchmark: Annotated[Path | None, _opt("CSV of index bars [equal-weight universe]")] = None,
+    csv_zone: Annotated[
+        str | None, _opt("zone of times without one (default: Asia/Kolkata)")
+    ] = None,
+    benchmark: Annotated[
+        Path | None, _opt("CSV of index bars (default: equal-weight universe)")
+    ] = None,
     interval: Annotated[str | None, _opt("1minute, 5minute, 15minute, 30minute or 1day")] = None,
     sim_symbols: Annotated[int | None, _opt("size of the simulated market")] = None,
     signal_ic: Annotated[float | None, _opt("planted one-day IC; 0 plants nothing")] = None,
@@ -319,7 +340,7 @@ def report(
 # %% ../../nbs/9_ops/95_cli.ipynb #5872b1c8
 @app.command()
 def runs(
-    limit: Annotated[int, typer.Option(help="at most so many")] = 12,
+    limit: Annotated[int, typer.Option(help="at most so many", min=1)] = 12,
     as_json: Annotated[bool, typer.Option("--json", help="for a script")] = False,
 ) -> None:
     "List runs, newest first."
@@ -342,6 +363,9 @@ def runs(
     if as_json:
         say(json.dumps(rows, indent=1))
         return
+    if not rows:
+        say("no run yet; start one with `make run`")
+        return
     table = Table("run id", "status", "verdict or message")
     for row in rows:
         table.add_row(*row.values())
@@ -360,7 +384,9 @@ def settings(
     if as_json:
         say(json.dumps(rows, indent=1))
         return
-    table = Table("setting", "value", "unit", "range", "from", "meaning")
+    table = Table()
+    for heading in ("setting", "value", "unit", "range", "from", "meaning"):
+        table.add_column(heading, no_wrap=heading == "setting", overflow="fold")
     for row in rows:
         table.add_row(*row.values())
     Console().print(table)
@@ -368,4 +394,6 @@ def settings(
 
 def main() -> None:
     "The entry point `sensequant`."
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     app(prog_name="sensequant")

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PHASES', 'TEACHER_KEYS', 'NOT_GIVEN', 'Phase', 'run_config', 'phase_parameters', 'open_feed', 'require_inputs',
            'require_folders', 'Plan', 'plan_run', 'state_of', 'begin_run', 'claim_run', 'done_phases', 'undo_rest',
-           'Interrupts', 'phase_environment', 'PhaseFailed', 'execute_phase', 'traceback_of', 'Watcher', 'Silent',
-           'followed', 'Ended', 'verdict_of', 'go_on', 'count_windows', 'render_phase', 'render_front', 'render_again']
+           'Interrupts', 'phase_environment', 'PhaseFailed', 'execute_phase', 'warnings_of', 'traceback_of', 'Watcher',
+           'Silent', 'followed', 'Ended', 'verdict_of', 'go_on', 'count_windows', 'render_phase', 'render_front',
+           'render_again']
 
 # %% ../../nbs/9_ops/94_orchestrator.ipynb #29690020
 import errno
@@ -32,13 +33,20 @@ from traitlets.config import Config
 
 from ..core.artifacts import RECORD, sha256_file, write_atomic
 from ..core.errors import DataError, SenseQuantError, SettingsError
-from ..core.events import EventReader, json_bytes, make_folder, write_refusal
+from sensequant.core.events import (
+    EventReader,
+    json_bytes,
+    make_folder,
+    read_events,
+    write_refusal,
+)
 from ..core.settings import PREFIX, Settings, project_root
 from ..core.state import State
 from ..core.types import Feed, Interval
 from ..data.bars import BarStore
 from ..data.coverage import Span
 from ..data.feeds import make_feed
+from ..data.ingest import too_many_rejected
 from ..data.runs import Inputs, Run, _artifacts, open_run, read_inputs, warm_start
 from ..features.windows import PlannedWindow, cut_windows
 from ..govern.briefing import headline, partial_briefing
@@ -197,13 +205,12 @@ def _planned_bars(
     start, end = (date.fromisoformat(config[k]) for k in ("start", "end"))
     span = (symbol, Interval(config["interval"]), warm_start(start, config["warmup_days"]), end)
     if config["skip_fetch"]:
-        bars, bad, read = store.read(feed.name, *span), 0, 0
+        bars = store.read(feed.name, *span)
     else:
         fetched = feed.fetch(*span)
-        bars, bad, read = fetched.bars, len(fetched.rejected), fetched.rows_read
-    if bad > config["max_rejected_frac"] * read:
-        must = f"at most {config['max_rejected_frac']:.1%} of the rows may be rejected"
-        raise DataError(must, f"{bad} of {read}", fetched.origin)
+        if refusal := too_many_rejected(fetched, config["max_rejected_frac"]):
+            raise DataError(refusal)
+        bars = fetched.bars
     if bars.empty:
         raise DataError("a symbol must have bars in the range", "none", f"{span[2]} to {end}")
     return bars
@@ -393,12 +400,26 @@ def execute_phase(
         with phase_environment(run):
             _papermill(phase.notebook, target, given)
     except PapermillExecutionError as error:
-        raise PhaseFailed(f"{error.ename}: {error.evalue}", None, f"phase {phase.name}") from error
+        named = {c.__name__ for c in SenseQuantError.__subclasses__()}  # they need no introduction
+        words = error.evalue if error.ename in named else f"{error.ename}: {error.evalue}"
+        raise PhaseFailed(words, None, f"phase {phase.name}") from error
     except RuntimeError as error:  # nbclient's word for a kernel that is gone
         must, fix = "the kernel must live until the phase ends", "It may have lacked memory"
         raise PhaseFailed(must, error, f"phase {phase.name}", fix) from error
     run.artifacts.record(target.name, sha256_file(target), target.stat().st_size)
     return target
+
+
+def warnings_of(
+    run: Run,
+    most: int = 12,
+) -> list[str]:  # one line each, the same warning once
+    "What a run warned of: symbols it refused, workers that died."
+    events = read_events(run.folder / "events.jsonl")[0]
+    words = [f"{e.symbol or e.phase}: {e.message}" for e in events if e.event_type == "warning"]
+    different = list(dict.fromkeys(words))
+    more = [f"and {len(different) - most} more, in events.jsonl"] if len(different) > most else []
+    return different[:most] + more
 
 
 def traceback_of(notebook: Path) -> str:  # plain text, empty when no cell failed
