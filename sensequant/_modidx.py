@@ -1190,6 +1190,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'sensequant/ops/orchestrator.py'),
                                              'sensequant.ops.orchestrator.state_of': ( '9_ops/orchestrator.html#state_of',
                                                                                        'sensequant/ops/orchestrator.py'),
+                                             'sensequant.ops.orchestrator.sweep': ( '9_ops/orchestrator.html#sweep',
+                                                                                    'sensequant/ops/orchestrator.py'),
                                              'sensequant.ops.orchestrator.traceback_of': ( '9_ops/orchestrator.html#traceback_of',
                                                                                            'sensequant/ops/orchestrator.py'),
                                              'sensequant.ops.orchestrator.undo_rest': ( '9_ops/orchestrator.html#undo_rest',

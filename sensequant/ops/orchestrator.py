@@ -6,8 +6,8 @@
 __all__ = ['PHASES', 'TEACHER_KEYS', 'NOT_GIVEN', 'Phase', 'run_config', 'phase_parameters', 'open_feed', 'require_inputs',
            'require_folders', 'Plan', 'plan_run', 'state_of', 'begin_run', 'claim_run', 'done_phases', 'undo_rest',
            'Interrupts', 'phase_environment', 'PhaseFailed', 'execute_phase', 'warnings_of', 'traceback_of', 'Watcher',
-           'Silent', 'followed', 'Ended', 'verdict_of', 'go_on', 'count_windows', 'render_phase', 'render_front',
-           'render_again']
+           'Silent', 'followed', 'Ended', 'verdict_of', 'sweep', 'go_on', 'count_windows', 'render_phase',
+           'render_front', 'render_again']
 
 # %% ../../nbs/9_ops/94_orchestrator.ipynb #29690020
 import errno
@@ -540,8 +540,15 @@ def verdict_of(run: Run) -> Ended:
     return Ended(run, "success", briefing["status"], headline(briefing), reasons)
 
 
+def sweep(run: Run) -> None:
+    "Remove what a killed process had begun to write; such a file was never on record."
+    for path in run.folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def _finish(run: Run) -> Ended:
     "Note a run that reached its verdict, whatever the verdict."
+    sweep(run)
     ended = verdict_of(run)
     render_front(ended)
     _note_end(ended)
