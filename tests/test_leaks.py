@@ -197,6 +197,18 @@ def test_garbage_after_a_window_changes_neither_its_models_nor_what_was_said_bef
     assert others[turn + 1].artifacts != mine[turn + 1].artifacts
 
 
+@pytest.mark.parametrize("place", [0.2, 0.7])
+def test_what_was_said_stays_whatever_comes_after(planted, tmp_path, place):
+    "A cut in the middle of a student's turn: the same opinions up to it, others from the next bar."
+    bars, _, _, predictions = planted
+    symbol = "SIM003"
+    held = predictions[predictions["symbol"] == symbol].reset_index(drop=True)
+    row = int(place * len(held))
+    *_, said = made(tmp_path, {symbol: garbled(bars[symbol], held["ts"].iloc[row])})
+    pd.testing.assert_frame_equal(said.loc[:row, SAID], held.loc[:row, SAID])
+    assert said["score"].iloc[row + 1] != held["score"].iloc[row + 1]
+
+
 def test_the_bars_just_before_a_cut_do_matter(planted, tmp_path):
     "The cut of the test above is sharp: one session earlier, the teacher sees the garbage."
     bars, _, students, _ = planted
