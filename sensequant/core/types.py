@@ -193,7 +193,9 @@ class Fetched:
     bars: pd.DataFrame  # clean bars, `BAR_COLUMNS` by `ts`
     rejected: pd.DataFrame  # `REJECT_COLUMNS`, one line for each row left out
     rows_read: int  # rows in the range asked for, clean and rejected
-    origin: str  # file or market they came from, without a path
+    origin: str  # file, market or service they came from, without a path
+    notes: tuple[str, ...] = ()  # what was noticed and cost no row, a clause each
+    requests: int = 0  # calls of a service that counts them
 
 
 @runtime_checkable
@@ -202,6 +204,7 @@ class Feed(Protocol):
 
     name: str  # folder of the store its bars live in, e.g. csv-nse_daily
     simulated: bool  # True when no market ever traded these bars
+    remote: bool  # True when each fetch costs requests, so that the store is asked first
 
     def symbols(self) -> list[str]:
         "NSE codes it can give, sorted."

@@ -200,12 +200,12 @@ class CsvBars(Fetched):
     ignored: tuple[str, ...] = ()  # columns that no bar needs
     unsorted: int = 0  # rows that stood after a later one, and were moved
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        "One clause for each thing worth knowing that cost no row."
-        moved = f"{self.unsorted} rows were out of order and were sorted"
-        left = f"columns left aside: {', '.join(self.ignored)}"
-        return (moved,) * bool(self.unsorted) + (left,) * bool(self.ignored)
+
+def _notes(ignored: tuple[str, ...], unsorted: int) -> tuple[str, ...]:
+    "One clause for each thing worth knowing that cost no row."
+    moved = f"{unsorted} rows were out of order and were sorted"
+    left = f"columns left aside: {', '.join(ignored)}"
+    return (moved,) * bool(unsorted) + (left,) * bool(ignored)
 
 
 def _accepted(values: pd.DataFrame) -> pd.DataFrame:
@@ -271,7 +271,8 @@ def read_csv_bars(
     late = int((bars.index.asi8 < np.maximum.accumulate(bars.index.asi8)).sum()) if len(bars) else 0
     origin = files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more"
     ignored = tuple(dict.fromkeys(name for p in parts for name in p[1]))
-    return CsvBars(bars.sort_index(), rejected, len(raw), origin, ignored, late)
+    told = _notes(ignored, late)
+    return CsvBars(bars.sort_index(), rejected, len(raw), origin, told, 0, ignored, late)
 
 # %% ../../nbs/2_data/21_csv_bars.ipynb #8847b9fc
 _FILE = re.compile(r"([A-Z0-9][A-Z0-9&_.\-]*?)\.csv(\.gz)?", re.IGNORECASE)

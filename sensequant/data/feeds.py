@@ -32,7 +32,7 @@ def _folder_name(folder: Path) -> str:
 class CsvFeed:
     "Bars from the CSV files of one vendor's folder; keeps the promise of `Feed`."
 
-    simulated = False
+    simulated = remote = False
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ def _market(spec: MarketSpec) -> Market:
 class SimulatedFeed:
     "Bars that no market ever traded; keeps the promise of `Feed`."
 
-    simulated = True
+    simulated, remote = True, False
 
     def __init__(self, spec: MarketSpec):
         self.spec, self.name = spec, spec.key
