@@ -7,7 +7,7 @@ SHELL := /bin/bash
 
 VENV := .venv
 PY := $(VENV)/bin/python
-SENSEQUANT := $(PY) -c 'from sensequant.ops.cli import main; main()'
+SENSEQUANT := $(PY) -c 'from sensequant.ops.main import main; main()'
 STAMP := $(VENV)/installed
 FIND_PYTHON := for p in python3.14 python3.13 python3.12 python3.11 python3 python; do if command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$p; break; fi; done
 export JUPYTER_PREFER_ENV_PATH := 1

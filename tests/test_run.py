@@ -55,7 +55,7 @@ from sensequant.ops.orchestrator import (
 )
 
 ROOT = Path(__file__).parents[1]
-CLI = [sys.executable, "-c", "from sensequant.ops.cli import main; main()"]
+CLI = [sys.executable, "-c", "from sensequant.ops.main import main; main()"]
 NAMES = [p.name for p in PHASES]
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.upper().startswith("SENSEQUANT_")}
 ENVIRONMENT["SENSEQUANT_ENV_FILE"] = os.devnull

@@ -6,7 +6,7 @@ may rely on."""
 # %% auto #0
 __all__ = ['FINISHED', 'FAILED', 'USAGE', 'MISSED', 'BUSY', 'INTERRUPTED', 'app', 'say', 'refuse', 'LineWatcher', 'BarWatcher',
            'watcher', 'read_symbols', 'read_assignments', 'present', 'close', 'run', 'resume', 'report', 'runs',
-           'settings', 'main']
+           'settings']
 
 # %% ../../nbs/9_ops/95_cli.ipynb #fb7f9a27
 import json
@@ -390,10 +390,3 @@ def settings(
     for row in rows:
         table.add_row(*row.values())
     Console().print(table)
-
-
-def main() -> None:
-    "The entry point `sensequant`."
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    app(prog_name="sensequant")

@@ -40,7 +40,7 @@ from sensequant.core.events import (
     read_events,
     write_refusal,
 )
-from ..core.settings import PREFIX, Settings, project_root
+from ..core.settings import PREFIX, SECRETS, Settings, project_root
 from ..core.state import State
 from ..core.types import Feed, Interval
 from ..data.bars import BarStore
@@ -100,7 +100,7 @@ PHASES = (
 
 # %% ../../nbs/9_ops/94_orchestrator.ipynb #8d92f48b
 TEACHER_KEYS = tuple(f.name for f in fields(TeacherSpec) if f.name != "seed")
-NOT_GIVEN = ("home", "breeze_api_key", "breeze_api_secret", "breeze_session_token")
+NOT_GIVEN = ("home", *SECRETS)
 
 
 def run_config(
@@ -204,7 +204,7 @@ def _planned_bars(
     "The bars a run would have of a symbol; refuses what phase 1 would."
     start, end = (date.fromisoformat(config[k]) for k in ("start", "end"))
     span = (symbol, Interval(config["interval"]), warm_start(start, config["warmup_days"]), end)
-    if config["skip_fetch"]:
+    if config["skip_fetch"] or feed.remote:  # a plan costs no request
         bars = store.read(feed.name, *span)
     else:
         fetched = feed.fetch(*span)
@@ -268,7 +268,7 @@ def begin_run(
         make_folder(run.folder)
         make_folder(run.pages)
         run.artifacts.write_json("config.json", config)
-        state.start_run(run.run_id, config, os.getpid(), config["source"] == "simulated")
+        state.start_run(run.run_id, config, os.getpid(), open_feed(config).simulated)
     return run
 
 # %% ../../nbs/9_ops/94_orchestrator.ipynb #b6264b05
