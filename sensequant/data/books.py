@@ -208,7 +208,7 @@ def _add(store: BookStore, path: Path, books: Sequence[Book]) -> list[str]:
     good = [b for b, fault in zip(books, faults, strict=True) if not fault]
     bad = [asdict(b) | {"reason": f} for b, f in zip(books, faults, strict=True) if f]
     if bad:
-        append_lines(store.root / "refused.jsonl", bad)
+        append_lines(store.root / "refused.jsonl", *bad)
     if good:
         frame = pd.concat([held, book_frame(good)]) if len(held) else book_frame(good)
         write_atomic(path, parquet_bytes(frame.reset_index()))
