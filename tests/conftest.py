@@ -3,12 +3,18 @@ and one small finished run is shared by every test that only looks at it."""
 
 import os
 import shutil
+import signal
 
 import pytest
 
 from sensequant.core.settings import load_settings
 from sensequant.data.runs import Run
 from sensequant.ops.orchestrator import begin_run, go_on, run_config
+
+# A shell that starts the tests in the background leaves SIGINT ignored, and so would every process
+# that a test starts and then interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Three shares, one listed late, five windows each, a few trees: about half a minute, nearly all of
 # it the start of seven kernels. The planted signal is strong enough to pass the preliminary gate.

@@ -159,10 +159,7 @@ class SentimentSettings(BaseModel):
 
     sentiment: bool = _word(False, "phase 1 fetches sentiment too", "", "true or false")
     sentiment_providers: str = _word(
-        "newsapi,twitter",
-        "names with commas, first asked first",
-        "",
-        "newsapi, twitter, rss, csv, stub",
+        "newsapi,twitter", "commas between, first asked first: newsapi, twitter, rss, csv, stub"
     )
     sentiment_weights: str = _word(
         "newsapi=0.6,twitter=0.4,rss=0.6,csv=0.6,stub=0", "share of each provider in a mean"
@@ -351,8 +348,7 @@ def describe_settings(
 ) -> list[dict[str, str]]:  # name, value, unit, range, source, meaning; secrets masked
     "One row a setting, for `sensequant settings` and for a person who wonders."
     sources, rows = _sources(arguments), []
-    groups = reversed(Settings.__bases__[:-1])  # as pydantic orders them
-    for name, field in ((n, f) for group in groups for n, f in group.model_fields.items()):
+    for name, field in Settings.model_fields.items():
         extra: Any = field.json_schema_extra or {}
         value = getattr(settings, name)
         row = {"name": name, "value": "" if value is None else str(value)}

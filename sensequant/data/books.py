@@ -167,7 +167,7 @@ class BookStore:
         return _append(self, books)
 
     def read(self, symbol: str, start: date, end: date) -> pd.DataFrame:
-        "Books of the sessions from `start` to `end`, both included; without rows where none is held."
+        "Books of the sessions from `start` to `end`, both included; no row where none is held."
         files = sorted(self.path(symbol, start).parent.glob("????-??-??.parquet"))
         held = [_load(f) for f in files if start.isoformat() <= f.stem <= end.isoformat()]
         return pd.concat(held) if held else book_frame([])
