@@ -1,5 +1,6 @@
 """Order books on disk: several writers, a writer that dies, what is refused."""
 
+import itertools
 import json
 import os
 import signal
@@ -14,8 +15,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sensequant.core.errors import DataError
-from sensequant.core.types import IST
-from sensequant.data.books import Book, BookStore, Level, book_fault, book_features, book_frame
+from sensequant.core.settings import load_settings
+from sensequant.core.types import IST, Interval
+from sensequant.data.books import (
+    Book,
+    BookStore,
+    BreezeBooks,
+    Level,
+    book_fault,
+    book_features,
+    book_frame,
+    book_share,
+    collect_books,
+    join_books,
+    open_books,
+)
+from sensequant.data.breeze import client_from
+from sensequant.live.sandbox import Sandbox
+from sensequant.live.sandbox_desk import SandboxSpec
+from sensequant.live.sandbox_feeds import StreamSpec
+from sensequant.market.simulator import MarketSpec
 
 NOON = datetime(2024, 7, 1, 12, tzinfo=IST)
 DAY = NOON.date()
@@ -102,3 +121,69 @@ def test_what_is_not_refused_makes_sense(bids, asks):
         assert said["spread_bps"] > 0 and said["depth_slope"] > 0
         assert bids[0].price_inr <= said["mid_inr"] <= asks[0].price_inr
         assert abs(said["microprice_bps"]) <= said["spread_bps"] / 2 + 1e-6
+
+
+# ----------------------------------------------------------- the real SDK, a sandbox, its websocket
+
+MARKET = MarketSpec(symbols=3, start=date(2024, 1, 1), end=date(2024, 2, 29))
+SYMBOLS = ["SIM001", "SIM003"]
+
+
+def keys(sandbox, **more):
+    "Settings of a client of `sandbox`."
+    key, secret, token = sandbox.credentials
+    words = {"breeze_api_key": key, "breeze_api_secret": secret, "breeze_session_token": token}
+    fast = {"breeze_calls_per_minute": 600, "breeze_backoff_s": 0.01, "breeze_timeout_s": 5.0}
+    return load_settings(breeze_url=sandbox.url, **words | fast | more)
+
+
+def test_books_come_from_the_websocket_and_say_that_they_are_simulated(tmp_path):
+    "A sandbox replays a session: what is stored is in order, whole, and nobody takes it for real."
+    with Sandbox(SandboxSpec(MARKET, stream=StreamSpec(tick_s=0.05))) as sandbox:
+        provider = BreezeBooks(client_from(keys(sandbox)), SYMBOLS)
+        try:
+            store = BookStore(tmp_path / "books")
+            rounds = collect_books(provider, store, SYMBOLS, every_s=0.25, rounds=8)
+            *_, done = rounds
+        finally:
+            provider.close()
+    assert done.source == "simulated" and done.kept >= 8 and done.refused == {}
+    for symbol in SYMBOLS:
+        held = store.read(symbol, MARKET.start, date.today())
+        said = book_features(held)
+        assert held.index.is_monotonic_increasing and held.index.is_unique and len(held) >= 4
+        assert (said["spread_bps"] > 0).all() and said["imbalance"].abs().max() <= 1
+        bars = held.index.floor("5min").unique()
+        joined = join_books(bars, held, Interval.MINUTE_5)
+        assert joined["source"].notna().all() and book_share(joined) == 0.0
+
+
+@pytest.mark.parametrize("fault", ["link_leave", "link_kill"])
+def test_a_server_that_hangs_up_is_called_again(tmp_path, fault):
+    "A graceful disconnect is final for the SDK; the collection goes on all the same."
+    with Sandbox(SandboxSpec(MARKET, stream=StreamSpec(tick_s=0.05))) as sandbox:
+        provider = BreezeBooks(client_from(keys(sandbox)), SYMBOLS)
+        try:
+            store = BookStore(tmp_path / "books")
+            rounds = collect_books(provider, store, SYMBOLS, every_s=0.2)
+            before = next(itertools.islice(rounds, 3, None)).kept
+            sandbox.cut_off(fault)
+            deadline, after = time.monotonic() + 30, before
+            while after <= before + 2 and time.monotonic() < deadline:
+                after = next(rounds).kept
+        finally:
+            provider.close()
+    assert after > before + 2
+
+
+def test_without_a_login_books_are_made_up_in_plain_words():
+    asked = load_settings()
+    provider = open_books("breeze", ["INFY"], {"INFY": 1500.0}, lambda: client_from(asked))
+    assert "Breeze gives no order books" in provider.note and "simulated" in provider.note
+    assert {b.source for b in provider.latest(["INFY"])} == {"simulated"}
+
+
+def test_a_code_that_is_not_in_the_master_is_refused_before_anything_is_collected():
+    refusal = pytest.raises(DataError, match="security master; found NOPE")
+    with Sandbox(SandboxSpec(MARKET)) as sandbox, refusal:
+        BreezeBooks(client_from(keys(sandbox)), ["SIM001", "NOPE"])

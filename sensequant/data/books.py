@@ -4,25 +4,29 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'BOOK_COLUMNS', 'BOOK_FEATURES', 'Level', 'Book', 'book_fault', 'book_frame', 'book_features', 'BookStore',
-           'join_books', 'book_share', 'BookProvider', 'SimulatedBooks']
+           'join_books', 'book_share', 'BookProvider', 'SimulatedBooks', 'BreezeBooks', 'open_books', 'Collected',
+           'collect_books']
 
 # %% ../../nbs/2_data/26_books.ipynb #57449355
 import fcntl
+import itertools
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import date, datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 
 from ..core.artifacts import parquet_bytes, write_atomic
-from ..core.errors import DataError
+from ..core.errors import BrokerError, DataError, SettingsError
 from ..core.events import append_lines, make_folder, write_refusal
 from ..core.types import IST, Interval
+from ..market.breeze_protocol import Depth
 from ..market.calendar import session_hours
 
 # %% ../../nbs/2_data/26_books.ipynb #5872bb9d
@@ -309,3 +313,107 @@ def _simulated(provider: SimulatedBooks, symbol: str, ts: datetime) -> Book:
         good = [(centre + s, q, o) for s, q, o in rows if centre + s > 0]
         sides.append(tuple(Level(round(p * tick, 2), int(q), int(o)) for p, q, o in good))
     return Book(symbol, ts, sides[0], sides[1], provider.name)
+
+# %% ../../nbs/2_data/26_books.ipynb #a8337d54
+class BreezeBooks:
+    "Books from the websocket of Breeze, or of a sandbox, whose books say that they are simulated."
+
+    note = ""
+
+    def __init__(
+        self,
+        client: Any,  # a BreezeClient
+        symbols: Sequence[str],  # NSE codes to listen for
+    ):
+        self.name = "simulated" if client.simulated else "breeze"
+        self.symbols = _tokens(client.master(), symbols)
+        self.stream = client.stream()
+        self.stream.subscribe(*self.symbols)
+
+    def latest(self, symbols: Sequence[str]) -> list[Book]:
+        "The newest book of each symbol since the last call; a symbol that did not move is missing."
+        newest: dict[str, Book] = {}
+        while (tick := self.stream.get(timeout_s=0.0)) is not None:
+            symbol = self.symbols.get(tick.token)
+            if symbol is not None and symbol in symbols and isinstance(tick, Depth):
+                newest[symbol] = _book(symbol, tick, self.name)
+        return [newest[s] for s in symbols if s in newest]
+
+    def close(self) -> None:
+        "End the connection."
+        self.stream.close()
+
+
+def _tokens(master: pd.DataFrame, symbols: Sequence[str]) -> dict[str, str]:
+    "NSE code by token of its depth, e.g. 4.2!2885; a DataError naming codes that have none."
+    held = master[master["series"] == "EQ"].set_index("nse_code")["token"]
+    lost = [s for s in symbols if s not in held.index]
+    if lost:
+        raise DataError("each symbol must be in the security master", ", ".join(lost), "books")
+    return {f"4.2!{held[s]}": s for s in symbols}  # 4 is NSE, 2 is depth
+
+
+def _book(symbol: str, depth: Depth, source: str) -> Book:
+    "A message of the stream as a book."
+    bids, asks = (
+        tuple(Level(*level) for level in side if level.quantity > 0)
+        for side in (depth.bids, depth.asks)
+    )
+    return Book(symbol, depth.ts, bids, asks, source)
+
+# %% ../../nbs/2_data/26_books.ipynb #9bfa9189
+def open_books(
+    provider: str,  # breeze or simulated
+    symbols: Sequence[str],
+    prices_inr: dict[str, float],  # last price known, around which simulated books stand
+    make_client: Callable[[], Any],  # gives a BreezeClient
+) -> BookProvider:
+    "The provider asked for; a simulated one, with the reason in its note, where it cannot be had."
+    note = ""
+    if provider == "breeze":
+        try:
+            return BreezeBooks(make_client(), symbols)
+        except (BrokerError, SettingsError) as error:
+            note = f"Breeze gives no order books ({error}); these are simulated"
+    elif provider != "simulated":
+        must = "book_provider must be breeze or simulated"
+        raise SettingsError(must, provider, "book_provider")
+    return SimulatedBooks({s: prices_inr.get(s, 1_000.0) for s in symbols}, note=note)
+
+# %% ../../nbs/2_data/26_books.ipynb #7049f22d
+@dataclass
+class Collected:
+    "What a collection has come to."
+
+    kept: int = 0  # books stored
+    silent: int = 0  # times that a symbol had nothing new
+    refused: dict[str, int] = field(default_factory=dict)  # books by reason
+    source: str = ""  # of the books stored
+    note: str = ""  # why they are not what was asked for
+
+    def add(self, faults: Sequence[str]) -> None:
+        "Count what the store said of each book."
+        for fault in faults:
+            if fault:
+                self.refused[fault] = self.refused.get(fault, 0) + 1
+            else:
+                self.kept += 1
+
+
+def collect_books(
+    provider: BookProvider,
+    store: BookStore,
+    symbols: Sequence[str],
+    every_s: float,  # from one snapshot to the next, > 0
+    rounds: int | None = None,  # snapshots to take, None until interrupted
+) -> Iterator[Collected]:  # the same object, once a round
+    "Store a snapshot of each symbol every so often; what was stored is whole whenever it ends."
+    so_far, began = Collected(source=provider.name, note=provider.note), time.monotonic()
+    for turn in itertools.count(1) if rounds is None else range(1, rounds + 1):
+        books = provider.latest(symbols)
+        for book in books:
+            so_far.add(store.append([book]))
+        so_far.silent += len(symbols) - len(books)
+        yield so_far
+        if turn != rounds:
+            time.sleep(max(0.0, began + turn * every_s - time.monotonic()))
