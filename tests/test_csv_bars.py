@@ -10,12 +10,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sensequant.core.errors import DataError
 from sensequant.core.testing import random_bars
-from sensequant.core.types import Interval
+from sensequant.core.types import BAR_COLUMNS, IST, Interval
 from sensequant.data.bars import check_bars
-from sensequant.data.csv_bars import REASONS, CsvTree, read_csv_bars
+from sensequant.data.csv_bars import CsvTree, read_csv_bars
+from sensequant.market.bar_rules import (
+    CIRCUIT_FRAC,
+    NOISE_FRAC,
+    REASONS,
+    SET_APART,
+    judge_frame,
+)
 from sensequant.market.calendar import sessions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,8 +146,91 @@ def test_a_bad_row_is_left_out_with_its_reason(tmp_path, row):
     assert value in row and (column or BAD_ROWS[row] == "wrong_number_of_fields")
 
 
+MINUTES = st.integers(8 * 60 + 40, 16 * 60 + 20)
+STAMPS = st.builds(
+    lambda day, minute, second: (
+        pd.Timestamp(f"2024-01-{day:02d}", tz=IST) + pd.Timedelta(minutes=minute, seconds=second)
+    ),
+    st.integers(4, 9),  # Thursday to Tuesday over a weekend
+    MINUTES,
+    st.sampled_from([0, 0, 0, 4, 5, 6, 30, 55, 56]),
+)
+NUMBERS = st.sampled_from([100.0, 100.0, 101.0, 99.0, 130.0, 0.0, -1.0, float("nan"), float("inf")])
+SHARES = st.sampled_from([0.0, 0.0, 5.0, 7.4, -5.0, 1e300, float("nan")])
+ROWS = st.lists(st.tuples(STAMPS, *[NUMBERS] * 4, SHARES), min_size=1, max_size=40)
+
+
+def verdict(row: tuple, step: int) -> str:
+    "The reason against one row, found the slow way."
+    ts, opened, high, low, close, volume = row
+    minute, second = ts.hour * 60 + ts.minute, ts.second
+    behind = ((minute - 555) * 60 + second + step * 30) % (step * 60) - step * 30
+    minute += (second - behind) / 60 - minute % 1 if abs(behind) <= 5 else second / 60
+    if ts.dayofweek >= 5:
+        return "not_a_session"
+    if not 555 <= minute < 930:
+        early, late = 540 <= minute < 555, 930 <= minute < 960
+        return "pre_open" if early else "closing_auction" if late else "outside_hours"
+    prices = (opened, high, low, close)
+    rules = {
+        "off_grid": abs(behind) > 5,
+        "not_a_number": not np.isfinite([*prices, volume]).all(),
+        "not_positive": min(prices) <= 0,
+        "negative_volume": volume < 0,
+        "volume_too_large": volume > 2**53,
+        "high_below_low": high * (1 + NOISE_FRAC) < low,
+        "open_or_close_outside_range": max(opened, close) > high * (1 + NOISE_FRAC)
+        or min(opened, close) < low * (1 - NOISE_FRAC),
+        "no_trade": volume == 0 and len(set(prices)) == 1,
+    }
+    return next((reason for reason, broken in rules.items() if broken), "")
+
+
+@settings(max_examples=150, deadline=None)
+@given(ROWS, st.sampled_from([1, 5, 30]))
+def test_rows_are_judged_as_one_would_by_hand(rows, step):
+    interval = Interval(f"{step}minute")
+    frame = pd.DataFrame(rows, columns=["ts", *BAR_COLUMNS])
+    judged = judge_frame(frame, interval, "broker TCS")
+    check_bars(judged.bars, "TCS", interval)
+    found = dict(zip(judged.rejected["row"], judged.rejected["reason"], strict=True))
+    seen, expected = set(), {}
+    for number, row in enumerate(rows, 1):
+        reason = verdict(row, step)
+        start = row[0].round(f"{step}min") if step != 30 else row[0].round("15min")
+        if not reason and start in seen:
+            reason = "duplicate_timestamp"
+        seen |= {start} if not reason else set()
+        expected |= {number: reason} if reason else {}
+    assert found == expected
+    assert set(judged.bars.index) == seen and len(judged.bars) + len(found) == len(rows)
+    again = judge_frame(judged.bars.reset_index(), interval, "again")
+    pd.testing.assert_frame_equal(again.bars, judged.bars)
+    assert again.rejected.empty and again.unsorted == 0
+
+
+def test_touched_and_strange_rows_are_told_of():
+    "Nothing is repaired or kept in doubt without a word."
+    index = pd.date_range("2024-01-01 09:15", periods=5, freq="5min", tz=IST)
+    bars = random_bars(5, volatility=0.001).set_index(index.rename("ts")).astype(float)
+    bars.iloc[1, bars.columns.get_loc("volume")] = 0.0
+    bars.iloc[2, bars.columns.get_loc("volume")] = 7.4
+    bars.iloc[3, :4] *= 1 + CIRCUIT_FRAC + 0.01
+    bars.iloc[4, bars.columns.get_loc("high")] = bars[["open", "close"]].iloc[4].max() * 0.9999999
+    late = bars.iloc[[4, 0, 1, 2, 3]].set_index(index[[4, 0, 1, 2, 3]] + pd.Timedelta(seconds=3))
+    judged = judge_frame(late.rename_axis("ts").reset_index(), Interval.MINUTE_5, "broker TCS")
+    assert judged.rejected.empty and list(judged.bars.index) == list(index)
+    assert judged.flagged[["row", "reason"]].to_numpy().tolist() == [
+        [3, "zero_volume"],
+        [5, "jump"],
+    ], "back down again from 21 % above is a fall of 17 %"
+    words = ("out of order", "within 5 s", "were widened", "were rounded", "jump", "zero_volume")
+    assert len(judged.notes) == 6
+    assert all(word in note for word, note in zip(words, judged.notes, strict=True))
+
+
 def test_every_daily_reason_is_tried():
-    assert set(BAD_ROWS.values()) == set(REASONS) - {"outside_hours", "off_grid"}
+    assert set(BAD_ROWS.values()) == set(REASONS) - {*SET_APART, "outside_hours", "off_grid"}
 
 
 def test_first_good_row_of_a_time_is_kept(tmp_path):
@@ -151,8 +243,9 @@ def test_first_good_row_of_a_time_is_kept(tmp_path):
 
 def test_hours_and_grid(tmp_path):
     path = tmp_path / "TCS.csv"
-    times = {"09:10": "outside_hours", "09:15": "", "09:21": "off_grid", "09:25:30": "off_grid"}
-    times |= {"15:25": "", "15:30": "outside_hours", "23:55": "outside_hours"}
+    times = {"08:55": "outside_hours", "09:00": "pre_open", "09:10": "pre_open", "09:15": ""}
+    times |= {"09:21": "off_grid", "09:25:30": "off_grid", "15:25": "", "15:30": "closing_auction"}
+    times |= {"15:55": "closing_auction", "16:00": "outside_hours", "23:55": "outside_hours"}
     rows = [f"2024-01-01T{t},100,102,99,101,5" for t in times]
     path.write_text(HEAD + "\n".join(rows))
     read = read_csv_bars(path, FIVE)
@@ -271,8 +364,8 @@ def test_no_accident_gets_through(tmp_path):
 REAL = {
     "nse_daily": (DAY, 80, 112_661, {"no_trade": 88, "not_a_session": 71}),
     "nse_daily_upstox": (DAY, 42, 51_207, {}),
-    "nse_intraday_1m": (Interval.MINUTE_1, 2, 93_037, {"outside_hours": 41}),
-    "nse_intraday_5m": (FIVE, 8, 74_423, {"outside_hours": 33}),
+    "nse_intraday_1m": (Interval.MINUTE_1, 2, 93_037, {"closing_auction": 41}),
+    "nse_intraday_5m": (FIVE, 8, 74_423, {"closing_auction": 33}),
     "nse_intraday_5m_yahoo": (FIVE, 40, 66_000, {}),
 }
 
@@ -321,3 +414,16 @@ def test_utc_vendor_meets_the_ist_vendor():
     both = ours.index.intersection(theirs.index)
     gap = (ours[both] / theirs[both] - 1).abs()
     assert len(both) > 500 and gap.max() < 0.0035 and gap.median() < 1e-4
+
+
+@needs_data
+def test_jumps_are_the_known_ones():
+    "Moves that the data's own README names, and no flag on any of any other row."
+    known = {"ADANIENT": 5, "ADANIGREEN": 1, "ADANIPORTS": 1, "ADANIPOWER": 1, "AXISBANK": 1}
+    known |= {"BAJAJFINSV": 1, "BAJFINANCE": 1, "CANBK": 1, "GODREJCP": 1, "HINDZINC": 1}
+    known |= {"MOTHERSON": 2, "VBL": 1, "VEDL": 1}
+    tree = CsvTree(DATA / "nse_daily")
+    flagged = {s: read_csv_bars(tree.files(s, DAY), DAY).flagged for s in tree.symbols()}
+    found = {s: len(f) for s, f in flagged.items() if len(f)}
+    assert found == known and set(pd.concat(flagged.values())["reason"]) == {"jump"}
+    assert date(2022, 1, 14) in set(flagged["MOTHERSON"]["ts"].dt.date)
