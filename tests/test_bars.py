@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -173,7 +174,7 @@ def test_a_flipped_bit_never_passes_for_a_price(tmp_path):
     store, bars = BarStore(tmp_path), random_bars(300)
     store.write("csv-a", "TCS", DAY, bars)
     path = store.path("csv-a", "TCS", DAY)
-    whole, refused = path.read_bytes(), 0
+    whole, refused, ranges = path.read_bytes(), 0, store.ranges("csv-a", "TCS", DAY)
     for place in range(0, len(whole), len(whole) // 200):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << (place % 8)
@@ -185,6 +186,7 @@ def test_a_flipped_bit_never_passes_for_a_price(tmp_path):
             refused += 1
         else:
             assert hash_bars(found) == hash_bars(bars)
+            assert store.ranges("csv-a", "TCS", DAY) in ((), ranges)
     assert refused > 100
 
 
@@ -482,6 +484,28 @@ def test_writers_killed_again_and_again_lose_nothing_that_was_said_to_be_held(tm
     assert list(folder.glob(".*.tmp")) == []
 
 
+def test_threads_on_one_symbol_lose_nothing(tmp_path):
+    store, bars = BarStore(tmp_path), five_minutes(date(2023, 12, 20), date(2024, 1, 10))
+    days = sorted(set(bars.index.date))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda d: store.write("b", "TCS", FIVE, between(bars, d, d), d, d), days))
+    pd.testing.assert_frame_equal(store.read("b", "TCS", FIVE), bars, check_freq=False)
+    assert store.missing("b", "TCS", FIVE, days[0], days[-1]) == []
+
+
+def test_years_of_daily_answers_stay_quick_to_read(tmp_path):
+    "Each day fetched with the thirty before it leaves a range a day."
+    store, bars = BarStore(tmp_path), random_bars(140)
+    for n in range(30, 140):
+        part, at = bars.iloc[n - 30 : n + 1], NOON + timedelta(days=n)
+        store.write("b", "TCS", DAY, part, part.index[0].date(), part.index[-1].date(), "v", at)
+    ranges = store.ranges("b", "TCS", DAY)
+    assert len(ranges) == 110 and sum(r.rows for r in ranges) == 140
+    assert store.origin_of("b", "TCS", DAY, bars.index[35]).fetched_at == NOON + timedelta(days=65)
+    with pytest.raises(DataError, match="fetched_at must carry a zone"):
+        store.write("b", "TCS", DAY, bars, fetched_at=datetime(2024, 1, 1))
+
+
 def replace_over_new_year(root: Path) -> None:
     "Replace the same weeks on both sides of New Year until killed."
     store, n = BarStore(root), 0
@@ -543,6 +567,8 @@ def test_quarantine_keeps_rows_without_a_time_and_finds_by_symbol(tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(DataError, match=r"a quarantine must be readable.*M&M-5minute"):
         store.quarantined("b")
+    assert store.quarantine("b", "M&M", FIVE, frame) == 2
+    assert len(store.quarantined("b", "M&M")) == 2 and len(store.damaged()) == 1
 
 
 @pytest.mark.parametrize("interval", [DAY, FIVE])

@@ -186,7 +186,7 @@ def verdict(row: tuple, step: int) -> str:
     return next((reason for reason, broken in rules.items() if broken), "")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(ROWS, st.sampled_from([1, 5, 30]))
 def test_rows_are_judged_as_one_would_by_hand(rows, step):
     interval = Interval(f"{step}minute")

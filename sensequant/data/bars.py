@@ -36,6 +36,7 @@ from sensequant.market.ranges import (
     ONE_DAY,
     Days,
     HeldRange,
+    check_ranges,
     cut_ranges,
     join_ranges,
     missing_spans,
@@ -179,16 +180,16 @@ def no_bars() -> pd.DataFrame:
     return pd.DataFrame(empty, index=index)
 
 # %% ../../nbs/2_data/20_bars.ipynb #af91df76
-def _encode(bars: pd.DataFrame, ranges: Iterable[HeldRange] = ()) -> bytes:
+def _encode(bars: pd.DataFrame, packed: bytes = b"") -> bytes:
     "Parquet bytes of checked bars and of the ranges they answer."
     stamps = pa.array(bars.index.as_unit("us").asi8).cast(_SCHEMA.field("ts").type)  # type: ignore[attr-defined]
-    schema = _SCHEMA.with_metadata({_KEY: pack_ranges(ranges)})
-    table = pa.Table.from_arrays(
-        [stamps, *(bars[c].to_numpy() for c in BAR_COLUMNS)], schema=schema
-    )
-    sink, rows = io.BytesIO(), max(len(bars), 1)
+    columns = [stamps, *(bars[c].to_numpy() for c in BAR_COLUMNS)]
+    sink, table = io.BytesIO(), pa.Table.from_arrays(columns, schema=_SCHEMA)
     fixed = {"compression": "zstd", "use_dictionary": False, "write_page_checksum": True}
-    pq.write_table(table, sink, row_group_size=rows, column_encoding=_LAYOUT, **fixed)
+    fixed |= {"column_encoding": _LAYOUT, "store_schema": False}
+    with pq.ParquetWriter(sink, _SCHEMA, **fixed) as writer:
+        writer.write_table(table, row_group_size=max(len(bars), 1))
+        writer.add_key_value_metadata({_KEY: packed})
     return sink.getvalue()
 
 # %% ../../nbs/2_data/20_bars.ipynb #09173f3c
@@ -197,34 +198,35 @@ class _Content:
     "What one file holds."
 
     bars: pd.DataFrame
-    ranges: tuple[HeldRange, ...] = ()  # none in a file of the first version
+    packed: bytes = b""  # its ranges; empty in a file of the first version
+
+    @property
+    def ranges(self) -> tuple[HeldRange, ...]:
+        "What was asked for and came."
+        return unpack_ranges(self.packed)
 
 
-def _opened(data: bytes) -> pq.ParquetFile:
-    "A Parquet file in memory, its checksums to be verified."
-    return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-
-
-def _table(data: bytes) -> tuple[pa.Table, tuple[HeldRange, ...]]:
-    "The columns of a file and its ranges."
-    file = _opened(data)
+def _table(data: bytes) -> tuple[pa.Table, bytes]:
+    "The columns of a file and its packed ranges, every checksum verified."
+    file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
     if file.schema_arrow.names != _SCHEMA.names:
         raise ValueError(f"columns {', '.join(file.schema_arrow.names)}")
-    packed = (file.metadata.metadata or {}).get(_KEY)
-    return file.read(use_threads=False), unpack_ranges(packed) if packed else ()
+    packed = (file.metadata.metadata or {}).get(_KEY, b"")
+    if packed:
+        check_ranges(packed)
+    return file.read(use_threads=False).cast(_SCHEMA), packed
 
 # %% ../../nbs/2_data/20_bars.ipynb #8e8393a8
 def _decode(data: bytes, where: object) -> _Content:
     "Bars and ranges from Parquet bytes; a DataError naming `where` when they are damaged."
     try:
-        table, ranges = _table(data)
-        table = table if table.schema.equals(_SCHEMA) else table.cast(_SCHEMA)
+        table, packed = _table(data)
         stamps = table["ts"].cast(pa.int64()).to_numpy().view("M8[us]")
         columns = {c: table[c].to_numpy() for c in BAR_COLUMNS}
     except (*_DAMAGE, DataError) as error:
         raise DataError("the file must hold whole bars", f"damage ({error})", where) from error
     index = pd.DatetimeIndex(stamps, name="ts").tz_localize("UTC").tz_convert(IST)
-    return _Content(check_bars(pd.DataFrame(columns, index=index, copy=True), where), ranges)
+    return _Content(check_bars(pd.DataFrame(columns, index=index, copy=True), where), packed)
 
 # %% ../../nbs/2_data/20_bars.ipynb #a2de6e2c
 @dataclass(frozen=True)
@@ -277,8 +279,14 @@ def _all_of(place: _Place, files: list[Path]) -> _Content:
         years = [int(f.stem) for f in place.path.glob("*.parquet") if f.stem.isdecimal()]
         parts = [_without(old.bars, years), *parts]
     bars = parts[0] if len(parts) == 1 else pd.concat(parts or [no_bars()])
-    ranges = join_ranges(r for c in held.values() for r in c.ranges)
-    return _Content(bars.sort_index() if old else bars, ranges)
+    ranges = [c.packed for c in held.values() if c.packed]
+    packed = ranges[0] if len(ranges) == 1 else _joined_ranges(ranges)
+    return _Content(bars.sort_index() if old else bars, packed)
+
+
+def _joined_ranges(packed: list[bytes]) -> bytes:
+    "The ranges of several files, packed as one."
+    return pack_ranges(join_ranges(r for p in packed for r in unpack_ranges(p)))
 
 # %% ../../nbs/2_data/20_bars.ipynb #2c2b1ca0
 @contextmanager
@@ -358,6 +366,14 @@ def _merge(old: pd.DataFrame, new: pd.DataFrame, first: date, last: date) -> pd.
     kept = [between(old, end=first - ONE_DAY), new, between(old, start=last + ONE_DAY)]
     return pd.concat([part for part in kept if len(part)] or [new])
 
+
+def _counted(bars: pd.DataFrame, ranges: tuple[HeldRange, ...]) -> list[HeldRange]:
+    "`ranges` with the number of bars that each holds."
+    firsts = pd.DatetimeIndex([r.first for r in ranges]).tz_localize(IST)
+    stops = pd.DatetimeIndex([r.last + ONE_DAY for r in ranges]).tz_localize(IST)
+    counts = bars.index.searchsorted(stops) - bars.index.searchsorted(firsts)
+    return [replace(r, rows=int(n)) for r, n in zip(ranges, counts, strict=True)]
+
 # %% ../../nbs/2_data/20_bars.ipynb #611d8a83
 def _joined(old: _Content, answer: _Answer) -> _Content:
     "What a file holds once `answer` stands in it."
@@ -365,8 +381,7 @@ def _joined(old: _Content, answer: _Answer) -> _Content:
     bars = _merge(old.bars, answer.bars, first, last)
     fresh = HeldRange(first, last, 0, answer.origin, answer.fetched_at)
     ranges = join_ranges([*cut_ranges(old.ranges, first, last), fresh])
-    counted = (replace(r, rows=len(between(bars, r.first, r.last))) for r in ranges)
-    return _Content(bars, tuple(counted))
+    return _Content(bars, pack_ranges(_counted(bars, ranges)))
 
 # %% ../../nbs/2_data/20_bars.ipynb #f9aa9f07
 @dataclass(frozen=True)
@@ -416,7 +431,7 @@ def _replace(place: _Place, answer: _Answer) -> Written:
         split = not place.daily and place.first_version.is_file()  # then every year is written
         aside = _repair(place, *((None, None) if split else (answer.first, answer.last)))
         contents = _contents(place, answer)
-        write_together({f: _encode(c.bars, c.ranges) for f, c in contents.items()})
+        write_together({f: _encode(c.bars, c.packed) for f, c in contents.items()})
         if not place.daily:
             place.first_version.unlink(missing_ok=True)
         _sweep(next(iter(contents)).parent)
@@ -448,6 +463,8 @@ def _write(
         found = f"{bars.index[0]} to {bars.index[-1]}" if len(bars) else "no day"
         raise DataError(f"bars must lie in the range written, {first} to {last}", found)
     origin, fetched_at = about
+    if fetched_at is not None and fetched_at.tzinfo is None:
+        raise DataError("fetched_at must carry a zone", fetched_at, place.path)
     fetched_at = (fetched_at or datetime.now(IST)).astimezone(IST)
     try:
         return _replace(place, _Answer(bars, first, last, origin, fetched_at))
@@ -614,7 +631,11 @@ def _keep_refused(path: Path, rows: list[dict[str, Any]]) -> int:
     try:
         make_folder(path.parent)
         with _locked(path):
-            held = _refused_rows(path)
+            try:
+                held = _refused_rows(path)
+            except DataError:
+                _set_aside(path)
+                held = []
             known = {_same_row(r) for r in held}
             fresh = list({_same_row(r): r for r in rows if _same_row(r) not in known}.values())
             if fresh:

@@ -61,7 +61,7 @@ class Endpoints:
             return "breeze"
         return f"breeze-sandbox-{hashlib.sha256(self.api.encode()).hexdigest()[:6]}"
 
-
+# %% ../../nbs/1_market/19_breeze_protocol.ipynb #d3527013
 REAL = Endpoints(
     api="https://api.icicidirect.com/breezeapi/api/v1/",
     api_v2="https://breezeapi.icicidirect.com/api/v2/",
@@ -110,7 +110,7 @@ class BreezeError(BrokerError):
         "The refusal with its own rule and advice."
         return cls(cls.rule, found, where, cls.advice)
 
-
+# %% ../../nbs/1_market/19_breeze_protocol.ipynb #57a4a789
 class Throttled(BreezeError):
     "Too many requests in a minute or a second."
 
@@ -124,7 +124,7 @@ class DaySpent(Throttled):
     temporary, rule = False, "requests must stay within the allowance of the day"
     advice = "It begins anew at midnight IST; go on then"
 
-
+# %% ../../nbs/1_market/19_breeze_protocol.ipynb #97d7e758
 class SessionExpired(BreezeError):
     "The token of the day is wrong, or the day is over."
 
@@ -141,26 +141,26 @@ class WrongKey(BreezeError):
     rule = "the application key and its secret must be those of Breeze"
     advice = "Compare SENSEQUANT_BREEZE_API_KEY and SENSEQUANT_BREEZE_API_SECRET with your app"
 
-
+# %% ../../nbs/1_market/19_breeze_protocol.ipynb #3e701da2
 class StaticIp(BreezeError):
     "Orders come from the one address that was declared for the key."
 
     rule = "the request must come from the static IP declared for the key"
     advice = "Run from that address, or declare this one at Breeze (once a week)"
 
-
+# %% ../../nbs/1_market/19_breeze_protocol.ipynb #c4664a6d
 class NoData(BreezeError):
     "Breeze knows what was asked for and has nothing."
 
     rule = "Breeze must have data for what is asked"
 
-# %% ../../nbs/1_market/19_breeze_protocol.ipynb #57a4a789
+
 class UnknownCode(BreezeError):
     "No such stock; the broker answers as if it had no data."
 
     rule = "the ISEC code must be in the security master"
 
-
+# %% ../../nbs/1_market/19_breeze_protocol.ipynb #b4cfd749
 class ServerError(BreezeError):
     "A fault at the broker that may pass."
 
@@ -180,7 +180,7 @@ class Transport(BreezeError):
     temporary, rule = True, "Breeze must be reached, and answer in time"
     advice = "Look at the network; try again in a minute"
 
-
+# %% ../../nbs/1_market/19_breeze_protocol.ipynb #4388f984
 class NotConnected(BreezeError):
     "A call before the login."
 
@@ -219,7 +219,7 @@ class Answer:
     def raise_for_status(self) -> None:
         "The body is judged, not the status."
 
-
+# %% ../../nbs/1_market/19_breeze_protocol.ipynb #56f5aa4c
 _SAID: tuple[tuple[str, type[BreezeError]], ...] = (  # words of the broker, the first that fit
     ("call per day", DaySpent),
     ("limit exceed", Throttled),
@@ -245,7 +245,7 @@ def judge_status(
     known = {401: SessionExpired, 408: Transport, 429: Throttled}
     return known.get(status) or (ServerError if status >= 500 else Malformed)
 
-# %% ../../nbs/1_market/19_breeze_protocol.ipynb #56f5aa4c
+# %% ../../nbs/1_market/19_breeze_protocol.ipynb #2a5b6f64
 def _say(text: object) -> str:
     "At most 120 characters of what the broker wrote, on one line."
     line = " ".join(str(text).split())
@@ -266,7 +266,7 @@ def _refuse(body: Mapping[str, Any], answer: Answer) -> NoReturn:
         kind = ServerError if temporary else Validation
     raise kind.of(_say(said), answer.where)
 
-
+# %% ../../nbs/1_market/19_breeze_protocol.ipynb #d80f17dd
 def judge_answer(
     answer: Answer,
 ) -> Any:  # what stands under Success
@@ -310,7 +310,7 @@ def _numbers(rows: list[dict[str, Any]]) -> np.ndarray:  # (n_rows, 5)
         )
         return np.column_stack([column.to_numpy("float64") for column in columns])
 
-
+# %% ../../nbs/1_market/19_breeze_protocol.ipynb #69cf50ea
 def rows_frame(
     rows: list[Any],  # as Breeze gave them, in any order
     isec_code: str,  # of the stock asked for
@@ -357,7 +357,7 @@ def _master_rows(content: bytes) -> list[dict[str, str]]:
         raise Malformed.of(found, "security master") from error
     return list(csv.DictReader(io.StringIO(text), skipinitialspace=True))
 
-
+# %% ../../nbs/1_market/19_breeze_protocol.ipynb #e4fb33ac
 def parse_master(
     content: bytes,  # SecurityMaster.zip
 ) -> pd.DataFrame:  # `MASTER_COLUMNS` as text, sorted by isec_code; listing_date a date or None
@@ -394,7 +394,7 @@ class Depth:
     bids: tuple[DepthLevel, ...]  # best first
     asks: tuple[DepthLevel, ...]  # best first
 
-
+# %% ../../nbs/1_market/19_breeze_protocol.ipynb #538bedcf
 @dataclass(frozen=True)
 class Quote:
     "The last trade of a share or index, and its best bid and offer."
@@ -407,7 +407,7 @@ class Quote:
     volume: int | None  # shares since the open
     previous_inr: float | None  # close of the session before
 
-# %% ../../nbs/1_market/19_breeze_protocol.ipynb #538bedcf
+# %% ../../nbs/1_market/19_breeze_protocol.ipynb #b7699978
 def _instant(epoch: Any) -> datetime:
     "The moment `epoch` seconds after 1970."
     if isinstance(epoch, bool) or not isinstance(epoch, int | float) or not 0 < epoch < 4e9:
@@ -424,7 +424,7 @@ def _number(value: Any) -> float | None:
         raise Malformed.of(str(value), "tick")
     return number
 
-
+# %% ../../nbs/1_market/19_breeze_protocol.ipynb #c6eef6d3
 def _sides(rows: Any) -> tuple[tuple[DepthLevel, ...], tuple[DepthLevel, ...]]:
     "Bids and asks of a depth message; a level without price is left out."
     bids: list[DepthLevel] = []
@@ -436,7 +436,7 @@ def _sides(rows: Any) -> tuple[tuple[DepthLevel, ...], tuple[DepthLevel, ...]]:
                 side.append(DepthLevel(price, int(part[1]), int(part[2]) if half > 2 else 0))
     return tuple(bids), tuple(asks)
 
-
+# %% ../../nbs/1_market/19_breeze_protocol.ipynb #7817a209
 def parse_tick(
     data: Any,  # a message of the stream, as it came
 ) -> Quote | Depth:
