@@ -337,3 +337,34 @@ def test_workers_do_not_outlive_a_killed_parent(script):
     process, children = script
     process.kill()
     assert gone_within(children, 4)
+
+
+def test_threads_share_what_the_caller_has_and_need_no_pickling():
+    lock, seen = threading.Lock(), []
+
+    def work(item):
+        with lock:
+            seen.append(item)
+        if item == 3:
+            raise DataError("three must fail", item)
+        return threading.get_ident()
+
+    told = list(fan_out(work, range(8), 3, "threads"))
+    assert sorted(seen) == list(range(8)) and len({o.value for o in told if o.ok}) <= 3
+    assert [(o.item, o.error.split(":")[0]) for o in told if not o.ok] == [(3, "DataError")]
+
+
+def test_threads_begin_nothing_once_nobody_reads():
+    begun = []
+
+    def work(item):
+        begun.append(item)
+        time.sleep(0.05)
+        return item
+
+    outcomes = fan_out(work, range(100), 2, "threads")
+    next(outcomes)
+    outcomes.close()
+    seen = len(begun)
+    time.sleep(0.2)
+    assert len(begun) == seen <= 6

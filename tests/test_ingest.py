@@ -6,6 +6,8 @@ from datetime import date
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sensequant.core.errors import DataError
@@ -25,10 +27,11 @@ FIRST, LAST = date(2024, 1, 1), date(2024, 6, 28)
 SPEC = MarketSpec(symbols=6, start=FIRST, end=LAST, late_listing_frac=0.4, missing_day_frac=0.05)
 
 
-def files_of(store: BarStore) -> dict[str, bytes]:
-    "Every bar file of a store by its place."
+def files_of(store: BarStore) -> dict[str, pa.Table]:
+    "What every bar file of a store holds, by its place; when it was fetched is left aside."
     paths = sorted(store.root.rglob("*.parquet"))
-    return {p.relative_to(store.root).as_posix(): p.read_bytes() for p in paths}
+    tables = {p.relative_to(store.root).as_posix(): pq.read_table(p) for p in paths}
+    return {name: table.replace_schema_metadata() for name, table in tables.items()}
 
 
 def test_workers_do_not_change_the_result(tmp_path):

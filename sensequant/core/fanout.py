@@ -293,19 +293,74 @@ def _killed(death: _Death) -> Outcome:
     told = f"WorkerDied: its process ended with {death.how}, the second time alone"
     return Outcome(death.item, None, told, None, death.seconds)
 
+# %% ../../nbs/0_core/06_fanout.ipynb #23ccdf78
+def _tried(function: Callable[[Any], Any], item: Any) -> Outcome:
+    "Work on one item as it is; whatever goes wrong comes back as text."
+    begun = time.perf_counter()
+    try:
+        return Outcome(item, function(item), None, None, time.perf_counter() - begun)
+    except (Exception, SystemExit) as error:
+        told = f"{type(error).__name__}: {error}", traceback.format_exc()
+        return Outcome(item, None, *told, time.perf_counter() - begun)
+
+
+def _lane(
+    function: Callable[[Any], Any],
+    items: Iterator,  # over a list, so that two threads never get the same item
+    news: SimpleQueue,  # Outcome, and None when the lane is done
+    stop: threading.Event,  # set when nobody reads any more
+) -> None:
+    "Work on one item after the other until none is left or nobody reads."
+    try:
+        for item in items:
+            if stop.is_set():
+                break
+            news.put(_tried(function, item))
+    finally:
+        news.put(None)
+
+# %% ../../nbs/0_core/06_fanout.ipynb #a65ddd17
+def _in_threads(
+    function: Callable[[Any], Any], items: list, workers: int
+) -> Generator[Outcome, None, None]:
+    "Outcomes from `workers` threads as they come."
+    stop = threading.Event()
+    news: SimpleQueue = SimpleQueue()
+    share = (function, iter(items), news, stop)
+    lanes = [threading.Thread(target=_lane, args=share, daemon=True) for _ in items[:workers]]
+    try:
+        for lane in lanes:
+            lane.start()
+        running = len(lanes)
+        while running:
+            told = news.get()
+            running -= told is None
+            if told is not None:
+                yield told
+    except GeneratorExit:
+        stop.set()
+        for lane in lanes:
+            lane.join()
+        raise
+    finally:
+        stop.set()
+
 # %% ../../nbs/0_core/06_fanout.ipynb #8f98230b
 def fan_out(
-    function: Callable[[Any], Any],  # one item in, one picklable value out
-    items: Iterable,  # picklable; read whole at the start
-    workers: int = 1,  # processes working at once, >= 1
-    backend: Literal["auto", "serial", "processes"] = "auto",  # auto: serial for one worker
+    function: Callable[[Any], Any],  # one item in, one value out; picklable unless in threads
+    items: Iterable,  # picklable unless in threads; read whole at the start
+    workers: int = 1,  # processes or threads working at once, >= 1
+    backend: Literal["auto", "serial", "threads", "processes"] = "auto",  # serial for one worker
     on_restart: Restarted | None = None,  # called by the reader's thread at each death of a process
 ) -> Iterator[Outcome]:  # one an item, in the order in which they finish
     "What became of each item, as it becomes known."
     if workers < 1:
         raise SettingsError("workers must be at least 1", workers, "fan_out")
-    if backend not in ("auto", "serial", "processes"):
-        raise SettingsError("backend must be auto, serial or processes", backend, "fan_out")
+    if backend not in ("auto", "serial", "threads", "processes"):
+        must = "backend must be auto, serial, threads or processes"
+        raise SettingsError(must, backend, "fan_out")
+    if backend == "threads":
+        return _in_threads(function, list(items), workers)
     try:
         packed = cloudpickle.dumps(function)
     except Exception as error:
