@@ -15,6 +15,7 @@ from pathlib import Path
 import lightgbm as lgb
 import pandas as pd
 import psutil
+from bench_data import bench_store
 
 from sensequant.backtest.backtester import long_flat
 from sensequant.backtest.stat_tests import stat_tests
@@ -138,6 +139,7 @@ def main() -> None:
         "found done / trained (CPU; what a resume pays)": again["cpu s"] / serial["cpu s"],
         "windows a minute, 2 workers (wall)": 60 * len(trained) / double["wall s"],
     }
+    ratios |= bench_store(Path(tempfile.mkdtemp()), watch)
     print(watch.table().to_string(), "\n")
     for name, value in ratios.items():
         print(f"{name:<52}{value:8.3f}")

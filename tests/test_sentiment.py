@@ -40,7 +40,7 @@ from sensequant.data.sentiment import (
 )
 from sensequant.market.calendar import session_hours, sessions
 from sensequant.market.headlines import SentimentScore, company
-from sensequant.ops.sentiment_cli import sentiment as command
+from sensequant.ops.collect_cli import sentiment as command
 
 ROOT = Path(__file__).resolve().parents[1]
 NEWS = ROOT.parent / "shared" / "data" / "news"

@@ -82,7 +82,9 @@ class MarketSettings(BaseModel):
     )
     csv_dir: Path | None = _word(None, "folder of SYMBOL.csv[.gz] or SYMBOL/INTERVAL/*.csv[.gz]")
     csv_zone: str = _word("Asia/Kolkata", "zone of CSV times that carry none")
-    benchmark: Path | None = _word(None, "CSV of index bars; none takes the equal-weight universe")
+    benchmark: Path | None = _word(
+        None, "CSV of index bars or an index Breeze has, NIFTY50; none takes the universe"
+    )
     interval: Interval = _word(Interval.DAY, "length of a bar", "", f"one of {', '.join(Interval)}")
     start: Day = _word(date(2022, 1, 1), "first day of the windows", "date", _A_DAY)
     end: Day = _word(date(2024, 12, 31), "last day of the bars", "date", _A_DAY)

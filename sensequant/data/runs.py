@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_BENCHMARK_REJECTED_FRAC', 'Run', 'run_ids', 'open_run', 'Inputs', 'pin_bars', 'pinned_bars', 'pin_inputs',
-           'read_inputs', 'warm_start', 'pin_run', 'reject_counts', 'pin_benchmark', 'benchmark_returns']
+           'read_inputs', 'warm_start', 'actions_file', 'pin_run', 'reject_counts', 'index_of', 'ingest_benchmark',
+           'pin_benchmark', 'benchmark_returns', 'pin_sources']
 
 # %% ../../nbs/2_data/29_runs.ipynb #39248a9a
 from dataclasses import dataclass
@@ -18,12 +19,17 @@ import pandas as pd
 from ..core.artifacts import Artifacts
 from ..core.errors import DataError
 from ..core.events import EventLog
-from ..core.settings import load_settings
+from ..core.settings import Settings, load_settings
 from ..core.state import State
-from ..core.types import Interval
+from ..core.types import Feed, Interval
 from .bars import BarStore, check_bars, hash_bars
+from .books import BookStore, book_share, join_books
+from .coverage import Span
 from .csv_bars import read_csv_bars
-from .ingest import IngestResult, too_many_rejected
+from .feeds import INDEX_CODES, index_name
+from .ingest import IngestResult, ingest, too_many_rejected
+from .sentiment import fetch_sentiment
+from ..market.actions import actions_for, adjust, read_actions
 from ..market.calendar import known, sessions
 
 # %% ../../nbs/2_data/29_runs.ipynb #4e48fbb3
@@ -162,12 +168,37 @@ def _remember(run: Run, ingested: IngestResult) -> None:
             state.record_fetch(ingested.source, c.symbol, interval, *days, c.rows, c.sha256)
 
 # %% ../../nbs/2_data/29_runs.ipynb #e4658ee2
+def actions_file(
+    home: Path,  # folder that holds data
+) -> Path:  # which need not exist
+    "The user's own table of corporate actions."
+    return home / "data" / "corporate_actions.csv"
+
+
+def _pin_symbols(run: Run, store: BarStore, ingested: IngestResult) -> None:
+    "Pin the bars of each usable symbol, corporate actions applied, and say which were."
+    span, table = ingested.span, read_actions(actions_file(run.home))
+    applied = []
+    for found in ingested.coverages:
+        raw = store.read(ingested.source, found.symbol, span.interval, span.start, span.end)
+        if hash_bars(raw) != found.sha256:
+            fix = "Another run wrote them meanwhile; resume this one"
+            raise DataError(
+                "the store must hold what was ingested", "other bars", found.symbol, fix
+            )
+        actions = actions_for(table, found.symbol, ingested.source)
+        pin_bars(run, found.symbol, adjust(raw, actions))
+        days = pd.to_datetime(actions["ex_date"]).dt.date
+        applied += actions[(days > raw.index[0].date()) & (days <= span.end)].to_dict("records")
+    run.artifacts.write_json("actions.json", {"applied": applied})
+
+# %% ../../nbs/2_data/29_runs.ipynb #32b3d912
 def pin_run(
     run: Run,
     store: BarStore,
     ingested: IngestResult,
     start: date,  # first day of the windows
-    benchmark: Path | None = None,  # CSV of an index, None for the equal-weight universe
+    benchmark: Path | str | None = None,  # CSV or name of an index, None for the universe
 ) -> Inputs:
     "Pin the bars of every usable symbol, the benchmark and the coverage report."
     span = ingested.span
@@ -178,14 +209,8 @@ def pin_run(
         raise DataError(
             "at least one symbol must be usable", f"none of {len(ingested.results)}", why
         )
-    for found in ingested.coverages:
-        bars = store.read(ingested.source, found.symbol, span.interval, span.start, span.end)
-        if pin_bars(run, found.symbol, bars) != found.sha256:
-            fix = "Another run wrote them meanwhile; resume this one"
-            raise DataError(
-                "the store must hold what was ingested", "other bars", found.symbol, fix
-            )
-    name = pin_benchmark(run, benchmark, ingested) if benchmark else None
+    _pin_symbols(run, store, ingested)
+    name = pin_benchmark(run, benchmark, ingested, store) if benchmark else None
     inputs = Inputs(start, span.end, span.interval, ingested.simulated, listed, name)
     pin_inputs(run, inputs)
     run.artifacts.write_json("coverage.json", ingested.report())
@@ -208,22 +233,55 @@ def reject_counts(
 MAX_BENCHMARK_REJECTED_FRAC = 0.01  # of its rows, as for a symbol by default
 
 
+def index_of(
+    benchmark: Path | str | None,  # as the user gave it
+) -> str | None:  # e.g. NIFTY50; None for a file, and for what is no index
+    "The index that a benchmark names, to be had from the feed."
+    name = index_name(Path(benchmark).name) if benchmark else ""
+    return name if name in INDEX_CODES and not Path(str(benchmark)).is_file() else None
+
+
+def ingest_benchmark(
+    feed: Feed,
+    store: BarStore,
+    benchmark: Path | str | None,  # as the user gave it
+    span: Span,
+    skip_fetch: bool = False,  # use what the store holds
+) -> None:
+    "Bring an index that is named as benchmark into the store; a file is read when it is pinned."
+    if name := index_of(benchmark):
+        day = (Interval.DAY, span.start, span.end)
+        (found,) = ingest(feed, store, [name], *day, skip_fetch=skip_fetch).results
+        if found.status != "success":
+            raise DataError("the feed must have the benchmark", found.reason, name)
+
+
+def _benchmark_bars(
+    benchmark: Path | str, ingested: IngestResult, store: BarStore
+) -> tuple[str, pd.DataFrame]:
+    "Name and daily bars of a benchmark."
+    span = ingested.span
+    if name := index_of(benchmark):
+        return name, store.read(ingested.source, name, Interval.DAY, span.start, span.end)
+    read = read_csv_bars(Path(benchmark), Interval.DAY, start=span.start, end=span.end)
+    if refusal := too_many_rejected(read, MAX_BENCHMARK_REJECTED_FRAC):
+        raise DataError(refusal, None, benchmark)
+    return Path(benchmark).name.split(".")[0], read.bars
+
+# %% ../../nbs/2_data/29_runs.ipynb #a6b2e87b
 def pin_benchmark(
     run: Run,
-    path: Path,  # CSV of daily index bars
+    benchmark: Path | str,  # CSV of daily index bars, or an index that is in the store
     ingested: IngestResult,
-) -> str:  # its name: the file's, without endings
+    store: BarStore,
+) -> str:  # its name: the index's, or the file's without endings
     "Copy the benchmark into the run."
-    span = ingested.span
-    read = read_csv_bars(Path(path), Interval.DAY, start=span.start, end=span.end)
-    if refusal := too_many_rejected(read, MAX_BENCHMARK_REJECTED_FRAC):
-        raise DataError(refusal, None, path)
-    bars = read.bars
+    name, bars = _benchmark_bars(benchmark, ingested, store)
     if len(bars) < 2:
-        found = f"{len(bars)} from {span.start} to {span.end}"
-        raise DataError("a benchmark needs bars in the run's range", found, path)
+        found = f"{len(bars)} from {ingested.span.start} to {ingested.span.end}"
+        raise DataError("a benchmark needs bars in the run's range", found, benchmark)
     run.artifacts.write_parquet("benchmark.parquet", bars)
-    return Path(path).name.split(".")[0]
+    return name
 
 
 def benchmark_returns(
@@ -237,3 +295,42 @@ def benchmark_returns(
     close = run.artifacts.read_parquet("benchmark.parquet")["close"]
     every = close.reindex(sessions(close.index[0], close.index[-1]))
     return every.pct_change(fill_method=None).dropna()
+
+# %% ../../nbs/2_data/29_runs.ipynb #da690d7c
+def _book_shares(run: Run, inputs: Inputs) -> dict[str, float]:
+    "Share of each symbol's bars with a real order book, in [0, 1]."
+    store, shares = BookStore(run.home / "data" / "books"), {}
+    for symbol in inputs.symbols:
+        books = store.read(symbol, inputs.start, inputs.end)
+        index = pinned_bars(run, symbol).index if len(books) else pd.DatetimeIndex([])
+        shares[symbol] = (
+            book_share(join_books(index, books, inputs.interval)) if len(index) else 0.0
+        )
+    return shares
+
+
+def _sentiment(run: Run, inputs: Inputs, settings: Settings) -> dict[str, Any]:
+    "Where sentiment came from and what it covers; nothing is asked about simulated shares."
+    if not settings.sentiment:
+        return {"source": "none", "share_covered": 0.0, "notes": ["sentiment is switched off"]}
+    if inputs.simulated:
+        return {"source": "none", "share_covered": 0.0, "notes": ["nobody writes of SIM001"]}
+    own = settings.model_copy(update={"home": run.home})
+    return fetch_sentiment(own, inputs.symbols, inputs.start, inputs.end).describe()
+
+
+def pin_sources(
+    run: Run,
+    inputs: Inputs,
+    settings: Settings,  # which providers are asked for sentiment
+) -> pd.DataFrame:  # source, share of rows or days covered (%), notes; one line a kind of data
+    "Write down what the rows carry beside their bars, and how much of it is real."
+    books, said = _book_shares(run, inputs), _sentiment(run, inputs, settings)
+    share = sum(books.values()) / len(books)
+    found = {"order_book": {"share": share, "symbols": books}, "sentiment": said}
+    run.artifacts.write_json("sources.json", found)
+    rows = {
+        "order book": ("breeze" if share else "none", 100 * share, "share of bars"),
+        "sentiment": (said["source"], 100 * said["share_covered"], "; ".join(said["notes"][:3])),
+    }
+    return pd.DataFrame(rows, index=["source", "covered (%)", "note"]).T

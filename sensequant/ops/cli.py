@@ -22,7 +22,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from ..core.errors import DataError, GateError, SenseQuantError, SettingsError
+from sensequant.core.errors import (
+    BrokerError,
+    DataError,
+    GateError,
+    SenseQuantError,
+    SettingsError,
+)
 from ..core.settings import describe_settings, load_settings
 
 # %% ../../nbs/9_ops/95_cli.ipynb #fe12ed1b
@@ -231,7 +237,7 @@ def _start(settings: Any, symbols: list[str], options: dict[str, Any]) -> int:
     from sensequant.ops import orchestrator as o
 
     config = o.run_config(settings, symbols, options["skip_fetch"])
-    feed = o.open_feed(config)
+    feed = o.open_feed(config, settings.home)
     config, left_out = present(config, feed, options["universe"])
     o.require_inputs(config, feed)
     if options["dryrun"]:
@@ -272,7 +278,9 @@ def run(
     universe: Annotated[str | None, _opt("nifty100, nifty50 or niftynext50")] = None,
     start: Annotated[str | None, _opt("first day of the windows, YYYY-MM-DD")] = None,
     end: Annotated[str | None, _opt("last day of the bars, YYYY-MM-DD")] = None,
-    source: Annotated[str | None, _opt("csv or simulated; csv when --csv-dir is given")] = None,
+    source: Annotated[
+        str | None, _opt("csv, breeze, hybrid or simulated; csv with --csv-dir")
+    ] = None,
     csv_dir: Annotated[
         Path | None, _opt("folder of SYMBOL.csv[.gz] or SYMBOL/INTERVAL/*.csv[.gz]")
     ] = None,
@@ -280,7 +288,7 @@ def run(
         str | None, _opt("zone of times without one (default: Asia/Kolkata)")
     ] = None,
     benchmark: Annotated[
-        Path | None, _opt("CSV of index bars (default: equal-weight universe)")
+        Path | None, _opt("CSV of index bars, or NIFTY50 from Breeze (default: the universe)")
     ] = None,
     interval: Annotated[str | None, _opt("1minute, 5minute, 15minute, 30minute or 1day")] = None,
     sim_symbols: Annotated[int | None, _opt("size of the simulated market")] = None,
@@ -305,6 +313,8 @@ def run(
         settings = load_settings(**fields | read_assignments(set_ or []))
         names = read_symbols(symbols, symbols_file, universe)
         raise typer.Exit(_start(settings, names, {k: given[k] for k in own[2:]}))
+    except BrokerError as error:
+        raise refuse(error, FAILED) from None
     except SenseQuantError as error:
         raise refuse(error) from None
 

@@ -8,7 +8,7 @@ __all__ = ['data', 'spell_time', 'spell_progress', 'LineMeter', 'BarMeter', 'met
            'choose_symbols', 'spell_summary', 'spell_notices', 'close_fetch', 'Order', 'fetch_remote', 'fetch_local',
            'read_order', 'fetch', 'choose_source', 'known_listing', 'codes_file', 'cover', 'covered_span',
            'print_coverage', 'coverage', 'backfill_one', 'backfill', 'spell_changes', 'discover', 'print_table', 'show',
-           'quarantine', 'import_', 'export', 'Vendor', 'open_vendor', 'compare', 'actions_file', 'decide', 'actions']
+           'quarantine', 'import_', 'export', 'Vendor', 'open_vendor', 'compare', 'decide', 'actions']
 
 # %% ../../nbs/9_ops/96_data_cli.ipynb #9976740c
 import json
@@ -872,11 +872,6 @@ def compare(
     _finish(work)
 
 # %% ../../nbs/9_ops/96_data_cli.ipynb #139b75d4
-def actions_file(settings: Settings) -> Path:
-    "The table of one's own actions."
-    return settings.home / "data" / "corporate_actions.csv"
-
-
 def decide(
     table: Any,  # `ACTION_COLUMNS`
     words: list[str],  # SYMBOL@YYYY-MM-DD
@@ -911,10 +906,11 @@ def actions(
     given = {"start": start, "end": end}
 
     def work() -> int:
+        from sensequant.data.runs import actions_file
         from sensequant.market import actions as a
 
         settings, _ = read_order(given)
-        named, path = read_symbols(symbols, None, None), actions_file(settings)
+        named, path = read_symbols(symbols, None, None), actions_file(settings.home)
         vendors = [open_vendor(settings, v, named) for v in (source, against) if v]
         found = [a.suspect_actions(v.bars, v.name) for v in vendors[:1]]
         if len(vendors) == 2:

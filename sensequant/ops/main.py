@@ -8,7 +8,17 @@ __all__ = ['main']
 # %% ../../nbs/9_ops/99_main.ipynb #8554c2c6
 import sys
 
+from .broker_cli import breeze, sandbox
 from .cli import app
+from .collect_cli import books, sentiment
+from .data_cli import data
+
+# %% ../../nbs/9_ops/99_main.ipynb #24ca49b5
+data.command()(sentiment)
+data.command()(books)
+app.add_typer(data, name="data")
+app.add_typer(breeze, name="breeze")
+app.command()(sandbox)
 
 # %% ../../nbs/9_ops/99_main.ipynb #c2f104de
 def main() -> None:
