@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PREFIX', 'Day', 'Folder', 'SECRETS', 'project_root', 'env_file', 'MarketSettings', 'WindowSettings', 'ModelSettings',
            'JudgeSettings', 'FetchSettings', 'SentimentSettings', 'BookSettings', 'BrokerSettings', 'Settings',
-           'load_settings', 'describe_settings']
+           'held_secrets', 'load_settings', 'describe_settings']
 
 # %% ../../nbs/0_core/02_settings.ipynb #5219c963
 import difflib
@@ -292,6 +292,17 @@ def _origin(name: str, sources: list[tuple[str, dict[str, Any]]]) -> str:
     "The strongest source that holds `name`."
     return next((where for where, values in sources if name in values), "default")
 
+# %% ../../nbs/0_core/02_settings.ipynb #43675880
+SECRETS = tuple(  # names of the fields that are never shown nor written down
+    name for name, field in Settings.model_fields.items() if "SecretStr" in str(field.annotation)
+)
+
+
+def held_secrets() -> dict[str, str]:  # value by variable, e.g. SENSEQUANT_BREEZE_API_KEY
+    "Keys and tokens that `.env` or the environment hold now, for a process that reads neither."
+    found = {k: v for _, values in reversed(_sources({})) for k, v in values.items()}
+    return {PREFIX + name.upper(): found[name] for name in SECRETS if name in found}
+
 # %% ../../nbs/0_core/02_settings.ipynb #570c4817
 def _refuse_order(settings: Settings) -> None:
     "Refuse settings that contradict each other."
@@ -320,11 +331,6 @@ def load_settings(
     return settings
 
 # %% ../../nbs/0_core/02_settings.ipynb #cef7dbfb
-SECRETS = tuple(  # names of the fields that are never shown nor written down
-    name for name, field in Settings.model_fields.items() if "SecretStr" in str(field.annotation)
-)
-
-
 def _must(field: FieldInfo) -> str:
     "What a field takes and what it means, in words."
     extra: Any = field.json_schema_extra or {"must": "a path"}

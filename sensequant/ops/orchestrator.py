@@ -48,6 +48,7 @@ from sensequant.core.settings import (
     FetchSettings,
     SentimentSettings,
     Settings,
+    held_secrets,
     load_settings,
     project_root,
 )
@@ -385,14 +386,17 @@ class Interrupts:
 
 # %% ../../nbs/9_ops/94_orchestrator.ipynb #90c6b861
 @contextmanager
-def phase_environment(run: Run) -> Iterator[None]:
-    "In the block, what is started reads the run's home and no other setting."
+def phase_environment(
+    run: Run,
+    secrets: dict[str, str] | None = None,  # variables that hold keys, none as a rule
+) -> Iterator[None]:
+    "In the block, what is started reads the run's home, `secrets` and no other setting."
     held = dict(os.environ)
     kept = {k: v for k, v in held.items() if not k.upper().startswith(PREFIX)}
     own = {"HOME": str(run.home), "ENV_FILE": os.devnull}
     kept["JUPYTER_PREFER_ENV_PATH"] = "1"  # the kernel is this very interpreter's
     try:
-        _set_environment(kept | {PREFIX + k: v for k, v in own.items()})
+        _set_environment(kept | {PREFIX + k: v for k, v in own.items()} | (secrets or {}))
         yield
     finally:
         _set_environment(held)
@@ -436,7 +440,7 @@ def execute_phase(
     target.unlink(missing_ok=True)  # of an earlier attempt
     given = phase_parameters(phase, run.run_id, run.artifacts.read_json("config.json"))
     try:
-        with phase_environment(run):
+        with phase_environment(run, held_secrets() if phase is PHASES[0] else None):
             _papermill(phase.notebook, target, given)
     except PapermillExecutionError as error:
         named = {c.__name__ for c in SenseQuantError.__subclasses__()}  # they need no introduction
