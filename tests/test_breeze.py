@@ -425,6 +425,17 @@ def fetch_in_child(client):
     return len(daily(client).bars), client.requests
 
 
+def test_a_forked_client_makes_its_own_connection(client):
+    daily(client)
+    client.quote("SIMAAA")  # three requests here, two in the child
+    context = multiprocessing.get_context("fork")
+    told = context.Queue()
+    child = context.Process(target=lambda: told.put(fetch_in_child(client)))
+    child.start()
+    assert told.get(timeout=20) == (len(daily(client).bars), 2)
+    child.join()
+
+
 @pytest.mark.parametrize("method", ["spawn", "fork"])
 def test_a_client_travels_to_another_process(client, method):
     daily(client)
@@ -567,16 +578,20 @@ def test_every_request_of_the_sdk_is_counted(tmp_path):
 
 @pytest.mark.slow
 def test_the_allowed_rate_is_used_and_never_exceeded(tmp_path):
-    "Limits scaled sixty-fold; every sliding minute as the broker counts it."
+    "Limits scaled sixty-fold; every sliding minute as the broker counts it; answers unjudged."
     allowed = 3600
     with Sandbox(SandboxSpec(MARKET, scale=60)) as sandbox:
         client = client_of(sandbox, tmp_path, per_minute=allowed, per_day=300_000, orders=480)
         client.connect()
         end = time.time() + 122
 
+        first, last = p.window(date(2024, 1, 1), date(2024, 1, 31))
+        asked = {"interval": "1day", "stock_code": "SIMAAA", "exchange_code": "NSE"}
+        asked |= {"from_date": first, "to_date": last}
+
         def work(_):
             while time.time() < end:
-                client.bars("SIMAAA", Interval.DAY, date(2024, 1, 1), date(2024, 1, 31))
+                client.ask("get_historical_data_v2", **asked)
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(work, range(8)))
@@ -742,9 +757,13 @@ def test_bad_ticks_are_dropped_and_counted(market, tmp_path):
     assert sorted(ticks, key=lambda t: t.ts) == ticks and len(ticks) == 16
 
 
-@pytest.mark.parametrize("fault", ["link_leave", "link_close", "link_kill", "link_freeze"])
+GONE, QUIET = b.StreamPolicy(quiet_s=60, gone_s=0.5), b.StreamPolicy(quiet_s=1.5, gone_s=60)
+LOST = {"link_leave": GONE, "link_close": GONE, "link_kill": QUIET, "link_freeze": QUIET}
+
+
+@pytest.mark.parametrize("fault", LOST)
 def test_a_lost_connection_is_built_anew(market, tmp_path, fault):
-    with client_of(market, tmp_path).stream(STREAMED) as stream:
+    with client_of(market, tmp_path).stream(LOST[fault]) as stream:
         stream.subscribe(BOOK)
         joined(market)
         market.step(2)
@@ -758,6 +777,33 @@ def test_a_lost_connection_is_built_anew(market, tmp_path, fault):
         market.step(2)
         wait_for(lambda: any(isinstance(t, p.Quote) for t in drain(stream, 0.1)))
     assert not [t for t in threading.enumerate() if t.name == "breeze-stream"]
+
+
+def test_the_sdk_coming_back_by_itself_can_still_subscribe(market, tmp_path):
+    "It comes back, and refuses every new token, once an attempt to come back has failed."
+    with client_of(market, tmp_path).stream(b.StreamPolicy(quiet_s=60, gone_s=60)) as stream:
+        stream.subscribe(BOOK)
+        joined(market)
+        market.stop()
+        handler = stream._sdk.sio_rate_refresh_handler
+        wait_for(lambda: handler.authentication is False)
+        market.start()
+        joined(market, 2)
+        stream.subscribe(QUOTE)
+        joined(market, 3)
+        assert stream.counts["rebuilt"] == 0
+
+
+def test_a_burst_keeps_its_order(market, tmp_path):
+    with client_of(market, tmp_path).stream(STREAMED) as stream:
+        put, threads = stream.put, set()
+        stream.put = lambda data: threads.add(threading.get_ident()) or put(data)
+        stream.subscribe(BOOK, "4.2!10002", "4.2!10003")
+        joined(market)
+        market.step(300)
+        wait_for(lambda: sum(stream.counts.values()) >= 900)
+        assert stream.counts == {"kept": 900}
+        assert len(threads) == 1, "the SDK alone starts one for each message"
 
 
 def test_a_broker_that_is_away_for_a_while(market, tmp_path):
