@@ -2482,6 +2482,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'sensequant/ops/broker_cli.py'),
                                            'sensequant.ops.broker_cli.login': ( '9_ops/broker_cli.html#login',
                                                                                 'sensequant/ops/broker_cli.py'),
+                                           'sensequant.ops.broker_cli.read_day': ( '9_ops/broker_cli.html#read_day',
+                                                                                   'sensequant/ops/broker_cli.py'),
                                            'sensequant.ops.broker_cli.read_rates': ( '9_ops/broker_cli.html#read_rates',
                                                                                      'sensequant/ops/broker_cli.py'),
                                            'sensequant.ops.broker_cli.replace_line': ( '9_ops/broker_cli.html#replace_line',

@@ -79,7 +79,11 @@ WRONG_USE = {
     "a file for a folder": (["--csv-dir", "note.txt"], "found Not a directory", "note.txt"),
     "an empty folder": (["--csv-dir", "empty"], "must hold SYMBOL.csv", "found none", "empty"),
     "csv from nowhere": (["--source", "csv"], "needs a folder", "csv_dir"),
-    "a source there is not": (["--source", "kite"], "source must be csv, breeze, hybrid or simulated", "kite"),
+    "a source there is not": (
+        ["--source", "kite"],
+        "source must be csv, breeze, hybrid or simulated",
+        "kite",
+    ),
     "a zone there is not": (["--csv-dir", "bars", "--csv-zone", "Mars"], "IANA name", "Mars"),
     "an unknown symbol": (["--csv-dir", "bars", "--symbols", "tcs,tsc"], "found TSC", "TCS"),
     "a path for a symbol": (["--csv-dir", "bars", "--symbols", "../../etc/passwd"], "symbol"),

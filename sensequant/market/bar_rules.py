@@ -8,6 +8,7 @@ __all__ = ['REASONS', 'SET_APART', 'FLAGS', 'NOISE_FRAC', 'GRID_TOLERANCE_S', 'C
            'judge_rows', 'rows_frame', 'judge_frame']
 
 # %% ../../nbs/1_market/15_bar_rules.ipynb #4b938a37
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -113,12 +114,16 @@ def rules_of(
     return DAY_RULES + (() if is_daily else HOUR_RULES) + PRICE_RULES
 
 # %% ../../nbs/1_market/15_bar_rules.ipynb #1547374f
+_IMPORTING = threading.Lock()
+
+
 @lru_cache(maxsize=2)
 def row_schema(
     is_daily: bool,
 ) -> Any:  # pandera's DataFrameSchema, one check a rule, named by its place among `rules_of`
     "The rules as a schema."
-    import pandera.pandas as pandera
+    with _IMPORTING:
+        import pandera.pandas as pandera
 
     def check(place: int, rule: Rule) -> Any:
         return pandera.Check(
@@ -130,10 +135,13 @@ def row_schema(
 # %% ../../nbs/1_market/15_bar_rules.ipynb #33b69d6d
 def _broken(rows: pd.DataFrame, is_daily: bool) -> list[Rule]:
     "Rules that some row breaks, in their order."
+    if all(rule.holds(rows).all() for rule in rules_of(is_daily)):
+        return []
+    schema = row_schema(is_daily)
     from pandera.errors import SchemaErrors
 
     try:
-        row_schema(is_daily).validate(rows, lazy=True)
+        schema.validate(rows, lazy=True)
     except SchemaErrors as errors:
         names = {broken.check.name for broken in errors.schema_errors}
         return [r for k, r in enumerate(rules_of(is_daily)) if f"{k} {r.reason}" in names]

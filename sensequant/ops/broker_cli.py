@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['breeze', 'TOKEN', 'MOST_SKEW_S', 'replace_line', 'store_token', 'login', 'Checked', 'run_checks', 'check', 'sandbox',
-           'read_rates']
+           'read_day', 'read_rates']
 
 # %% ../../nbs/9_ops/97_broker_cli.ipynb #87311d89
 import io
@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -235,22 +236,40 @@ def check(
 def sandbox(
     port: Annotated[int, typer.Option(help="of this computer; 0 takes a free one", min=0)] = 8765,
     symbols: Annotated[int, typer.Option(help="size of the market", min=1, max=999)] = 20,
+    start: Annotated[str, typer.Option(help="first day of its bars")] = "2021-07-05",
+    end: Annotated[str, typer.Option(help="last day of its bars")] = "2024-12-31",
     signal_ic: Annotated[float, typer.Option(help="planted one-day IC", min=0, max=0.5)] = 0.15,
     seed: Annotated[int, typer.Option(help="of market, keys and faults", min=0)] = 1,
+    stored: Annotated[str, typer.Option(help="a source of the bar store instead of a market")] = "",
     scale: Annotated[float, typer.Option(help="times the limits of Breeze")] = 1.0,
     faults: Annotated[str, typer.Option(help="NAME=SHARE with commas, e.g. html_503=0.05")] = "",
 ) -> None:
-    "A broker on this computer that speaks Breeze, for practice; its bars were never traded."
+    "A broker on this computer that speaks Breeze, for practice; its bars count as simulated."
     from sensequant.live.sandbox import serve
     from sensequant.live.sandbox_desk import SandboxSpec
+    from sensequant.live.sandbox_market import Stored
     from sensequant.market.simulator import MarketSpec
 
     try:
-        market = MarketSpec(symbols=symbols, signal_ic=signal_ic, seed=seed)
+        days = (read_day(start, "--start"), read_day(end, "--end"))
+        market: Any = MarketSpec(symbols, *days, seed, signal_ic)
+        if stored:
+            market = Stored(load_settings().home / "data" / "bars", stored)
         spec = SandboxSpec(market, port, scale=scale, seed=seed, rates=read_rates(faults))
         serve(spec, say)
     except SenseQuantError as error:
         raise refuse(error) from None
+
+
+def read_day(
+    text: str,  # YYYY-MM-DD
+    option: str,  # where it was typed, for the message
+) -> date:
+    "A day as a person types it."
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise SettingsError("a day must read as 2024-01-31", text, option) from None
 
 
 def read_rates(
