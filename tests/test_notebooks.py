@@ -212,6 +212,23 @@ def test_the_readme_maps_every_notebook_and_every_phase():
         assert f"# {rows[path.stem]}" == title
 
 
+def test_the_tutorial_on_a_broker_shows_what_it_says(tmp_path):
+    look, made = ROOT / "nbs/tutorials/2_bars_from_a_broker.ipynb", tmp_path / "look.ipynb"
+    how = {"kernel_name": "python3", "cwd": str(ROOT), "progress_bar": False}
+    papermill.execute_notebook(str(look), str(made), **how)
+    cells = json.loads(made.read_text("utf-8"))["cells"]
+    outputs = [o for c in cells for o in c.get("outputs", [])]
+    assert not [o for o in outputs if o.get("name") == "stderr"]
+    assert len([o for o in outputs if "image/png" in o.get("data", {})]) == 1
+    tables = ["".join(o["data"]["text/plain"]) for o in outputs if "data" in o]
+    fetches = next(t for t in tables if "new_chunks" in t.splitlines()[0]).splitlines()
+    first, again, third = ([int(n) for n in line.split()[1:]] for line in fetches[1:])
+    assert first[2] > 0 and again[1] == first[0] and again[2] == 0  # what came was kept
+    assert third == [0, first[0] + again[0], 0, 0, 0]  # and was never asked for again
+    split = next(t for t in tables if "ex_date" in t)
+    assert split.count("2024-06-03") == 2 and split.count("split") == 2 and "theirs" in split
+
+
 def test_the_first_look_runs_on_a_finished_run(finished_run, tmp_path, monkeypatch):
     monkeypatch.setenv("SENSEQUANT_HOME", str(finished_run.home))
     look = ROOT / "nbs/tutorials/1_first_look.ipynb"
