@@ -8,12 +8,9 @@ __all__ = ['LEVELS', 'BOOK_COLUMNS', 'BOOK_FEATURES', 'Level', 'Book', 'book_fau
            'collect_books']
 
 # %% ../../nbs/2_data/26_books.ipynb #57449355
-import fcntl
 import itertools
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import date, datetime
 from pathlib import Path
@@ -26,6 +23,7 @@ from ..core.artifacts import parquet_bytes, write_atomic
 from ..core.errors import BrokerError, DataError, SettingsError
 from ..core.events import append_lines, make_folder, write_refusal
 from ..core.types import IST, Interval
+from .bars import _NAME, _locked
 from ..market.breeze_protocol import Depth
 from ..market.calendar import session_hours
 
@@ -147,9 +145,6 @@ def book_features(
     return pd.DataFrame(dict(zip(BOOK_FEATURES, values, strict=True)), index=books.index)
 
 # %% ../../nbs/2_data/26_books.ipynb #6d3a0389
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9&_.\-]*")  # NSE codes: M&M, BAJAJ-AUTO
-
-
 class BookStore:
     "Books by symbol and session under one folder, e.g. `data/books`."
 
@@ -186,14 +181,6 @@ def _load(path: Path) -> pd.DataFrame:
     except (OSError, ValueError, KeyError, TypeError) as error:
         fix = "Move the file aside: books of a past moment cannot be fetched again"
         raise DataError("the file must hold whole order books", error, path, fix) from error
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    "Hold the only right to write `path`, waiting for whoever has it."
-    with open(path.with_name(f".{path.stem}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _faults(books: Sequence[Book], last: datetime | None) -> list[str]:
@@ -234,10 +221,12 @@ def _append(store: BookStore, books: Sequence[Book]) -> list[str]:
 
 # %% ../../nbs/2_data/26_books.ipynb #fea414c3
 def _closes(index: pd.DatetimeIndex, interval: Interval) -> pd.DatetimeIndex:
-    "When each bar is complete."
-    if interval != Interval.DAY:
-        return index + pd.Timedelta(minutes=interval.minutes)
-    return pd.DatetimeIndex([session_hours(ts.date())[1] for ts in index])
+    "When each bar is complete: at its end, or with its session."
+    days = index.normalize()
+    ends = {day: session_hours(day)[1] for day in days.unique()}
+    over = pd.DatetimeIndex([ends[day] for day in days], dtype=index.dtype)
+    closes = over if interval == Interval.DAY else index + pd.Timedelta(minutes=interval.minutes)
+    return closes.where(closes < over, over)
 
 
 def join_books(
@@ -249,7 +238,9 @@ def join_books(
     right = book_features(books).assign(source=books["source"], said_at=books.index)
     left = pd.DataFrame({"close_at": _closes(index, interval).as_unit("us"), "ts": index})
     at = right.reset_index(drop=True)
-    found = pd.merge_asof(left, at, left_on="close_at", right_on="said_at", direction="backward")
+    found = pd.merge_asof(
+        left, at, left_on="close_at", right_on="said_at", allow_exact_matches=False
+    )
     inside = (found["said_at"] >= found["ts"]).to_numpy()
     kept = found.set_index(index.rename("ts"))[[*BOOK_FEATURES, "source"]]
     return kept.where(pd.Series(inside, index=kept.index), np.nan)
