@@ -340,3 +340,25 @@ def test_noise_and_unfinished_business():
     assert "still differ" in found["note"]
     assert suspect_by_comparison({"TCS": bars}, {"INFY": bars}).empty
     assert suspect_actions({}).empty and suspect_actions({"TCS": bars.iloc[:0]}).empty
+
+
+def test_one_day_is_never_adjusted_twice(tmp_path):
+    "A fact says breeze; a row of one's own that says any, or breeze*, would halve the price again."
+    own = tmp_path / "own.csv"
+    for to in ("any", "breeze*"):
+        row = action("2024-10-28", 0.5, 0.0, 2.0, symbol="RELIANCE", applies_to=to)
+        table(row).to_csv(own, index=False)
+        with pytest.raises(DataError, match=r"one confirmed action a day.*breeze.*RELIANCE"):
+            actions_for(read_actions(own), "RELIANCE", "breeze")
+        suspected = row | {"status": "suspected"}
+        table(suspected).to_csv(own, index=False)
+        assert len(actions_for(read_actions(own), "RELIANCE", "breeze")) == 2
+
+
+def test_slips_of_a_hand_are_refused(tmp_path):
+    with pytest.raises(DataError, match="volumes must stay countable"):
+        adjust(WALK, table(action(WALK.index[40], 1e-30, 0.0, 1e30)))
+    (tmp_path / "own.csv").write_bytes(b"\xff\xfe\x00garbage")
+    for use in (read_actions, lambda p: save_actions(p, table(action(WALK.index[5])))):
+        with pytest.raises(DataError, match=r"must be a CSV file.*own\.csv"):
+            use(tmp_path / "own.csv")

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from datetime import date, datetime, timedelta
 
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -187,3 +188,37 @@ def test_a_code_that_is_not_in_the_master_is_refused_before_anything_is_collecte
     refusal = pytest.raises(DataError, match="security master; found NOPE")
     with Sandbox(SandboxSpec(MARKET)) as sandbox, refusal:
         BreezeBooks(client_from(keys(sandbox)), ["SIM001", "NOPE"])
+
+
+# --- books and bars ---
+
+
+def test_a_bar_knows_no_book_of_its_close_or_of_after_the_session():
+    "A stamp of whole seconds at the close may be later; the last bar of 30 minutes lasts 15."
+
+    def told(bar, interval, *stamps):
+        books = [replace(GOOD, ts=datetime.fromisoformat(s).replace(tzinfo=IST)) for s in stamps]
+        index = pd.DatetimeIndex([pd.Timestamp(bar, tz=IST)])
+        return join_books(index, book_frame(books), interval)["source"].notna().item()
+
+    assert told("2024-07-01 12:00", Interval.MINUTE_5, "2024-07-01 12:04:59")
+    assert not told("2024-07-01 12:00", Interval.MINUTE_5, "2024-07-01 12:05:00")
+    assert told("2024-07-01 12:05", Interval.MINUTE_5, "2024-07-01 12:05:00")
+    assert told("2024-07-01 15:15", Interval.MINUTE_30, "2024-07-01 15:29:59")
+    assert not told("2024-07-01 15:15", Interval.MINUTE_30, "2024-07-01 15:30:00")
+    assert not told("2024-07-01 15:15", Interval.MINUTE_30, "2024-07-01 15:40:00")
+    assert told("2024-07-01", Interval.DAY, "2024-07-01 15:29:59")
+    assert not told("2024-07-01", Interval.DAY, "2024-07-01 15:30:00")
+    assert not told("2020-11-14", Interval.DAY, "2020-11-14 19:20:00")  # an hour in the evening
+
+
+@given(st.sets(st.integers(0, 25_200), max_size=30), st.integers(0, 74))
+def test_nothing_at_or_after_a_close_changes_a_bar(seconds, at):
+    "Books from 09:00 to 16:00; those from a bar's close on are taken away."
+    opens = datetime(2024, 7, 1, 9, tzinfo=IST)
+    index = pd.date_range(opens + timedelta(minutes=15), periods=75, freq="5min")
+    books = [replace(GOOD, ts=opens + timedelta(seconds=n)) for n in sorted(seconds)]
+    before = [b for b in books if b.ts < index[at] + timedelta(minutes=5)]
+    told, cut = (join_books(index, book_frame(b), Interval.MINUTE_5) for b in (books, before))
+    a, b = (j.iloc[: at + 1][["mid_inr", "imbalance"]] for j in (told, cut))
+    pd.testing.assert_frame_equal(a, b)

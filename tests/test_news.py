@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from news_server import KEY, TOKEN, NewsServer, Piece
 
-from sensequant.core.errors import DataError
+from sensequant.core.errors import DataError, SenseQuantError, SettingsError
+from sensequant.core.settings import load_settings
 from sensequant.core.types import IST
 from sensequant.data.news import (
     Allowed,
@@ -45,6 +46,7 @@ from sensequant.data.news import (
     read_headlines,
     take,
 )
+from sensequant.data.sentiment import make_provider
 from sensequant.market.calendar import read_facts
 from sensequant.market.headlines import (
     FinanceScorer,
@@ -305,6 +307,62 @@ def test_no_key_is_seen_anywhere(tmp_path, caplog):
         assert all(KEY not in p + str(q) for p, q, _ in server.log)
 
 
+@pytest.mark.parametrize("key", ["SECRET\nSECRET", "SECRET\x00", "SECRETк"])
+def test_a_key_that_no_header_can_hold_is_refused_unseen(key):
+    with pytest.raises(SettingsError, match="printable ASCII") as found:
+        Caller(Quota("newsapi", Allowed(9, 60)), secrets=(key,))
+    assert "SECRET" not in str(found.value)
+
+
+@pytest.mark.parametrize("scheme", ["htp://me:SECRET@x/", "http://me:SECRET@[", "me:SECRET@x"])
+def test_an_address_that_is_none_is_refused_without_its_password(scheme):
+    caller = Caller(Quota("newsapi", Allowed(9, 60)), HASTY)
+    with pytest.raises(SettingsError, match="must begin with http") as found:
+        NewsApi(caller, KEY, scheme).fetch(TCS, day(1), day(0))
+    assert "SECRET" not in str(found.value)
+
+
+def test_what_a_feed_carries_in_its_address_is_not_kept(tmp_path):
+    with NewsServer([Piece("TCS up", ago(1))]) as server:
+        url = server.url.replace("://", "://me:SECRET1@") + "/feed?keyword=steel&api_key=SECRET2"
+        given = {"home": str(tmp_path), "sentiment_providers": "rss", "rss_urls": url}
+        provider = make_provider("rss", load_settings(**given))
+        assert provider.fetch(TCS, day(1), day(0)).items
+    kept = "".join(p.read_text() for p in (tmp_path / "data").rglob("*.jsonl"))
+    assert "keyword=steel" in kept and "SECRET" not in kept
+
+
+def test_half_a_character_can_be_printed():
+    "JSON may hold one half of a pair; no terminal and no file takes it."
+    said = {"status": "error", "code": "apiKeyInvalid", "message": "bad \ud800 key"}
+    reply = Reply(401, {}, json.dumps(said).encode())
+    with pytest.raises(KeyRefused, match=r"bad \? key") as found:
+        _judge_newsapi(reply, "newsapi")
+    str(found.value).encode()
+    whole = Reply(
+        200, {}, json.dumps({"status": "ok", "articles": ["🙂"], "totalResults": 1}).encode()
+    )
+    assert _judge_newsapi(whole, "newsapi")["articles"] == ["🙂"]
+
+
+def test_a_damaged_count_is_named(tmp_path):
+    (tmp_path / "calls.db").write_bytes(b"garbage" * 100)
+    with pytest.raises(DataError, match=r"count of requests.*calls\.db"):
+        Quota("newsapi", Allowed(9, 60), tmp_path / "calls.db")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SenseQuantError, match="file"):
+        Quota("newsapi", Allowed(9, 60), tmp_path / "file" / "calls.db")
+
+
+def test_a_window_is_a_little_longer_than_allowed():
+    "A request that comes late counts later with the provider than with us."
+    quota, began = Quota("newsapi", Allowed(1, 100.0)), datetime.now(IST)
+    take(quota)
+    with pytest.raises(QuotaSpent) as found:
+        take(quota)
+    assert timedelta(seconds=100.5) < found.value.until - began < timedelta(seconds=102)
+
+
 def test_the_payload_behind_a_score_is_kept(tmp_path):
     with NewsServer([Piece("TCS up", ago(1))]) as server:
         (mark,) = newsapi(server, audit=tmp_path).fetch(TCS, day(3), day(0)).evidence
@@ -403,6 +461,27 @@ def test_real_headlines_are_read_with_what_was_left_out():
     assert (answer.first, answer.last) == (date(2021, 2, 18), date(2025, 4, 29))
     assert 0 < len(answer.items) < 2516 and "do not name the company" in answer.notes[0]
     assert all(company("RELIANCE").named_in(i.text) for i in answer.items)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2024-05-02", "20240502", "2024-05-02 00:00:00", "2024-05-02T00:00+05:30"],
+)
+def test_a_headline_with_a_day_alone_is_unknown_until_the_day_is_over(tmp_path, text):
+    "Results of the evening must not be seen at the open."
+    file = tmp_path / "news.csv"
+    file.write_text(f"symbol,date,headline\nTCS,{text},TCS profit falls\n")
+    (ts,) = read_headlines(file)[0]["ts"]
+    assert ts == pd.Timestamp("2024-05-02 23:59:59", tz=IST)
+    (item,) = CsvHeadlines(file).fetch(TCS, date(2024, 5, 2), date(2024, 5, 2)).items
+    assert item.published_at == ts
+
+
+@pytest.mark.parametrize("text", ["2024", "2024-05", "202405"])
+def test_a_month_is_no_moment(tmp_path, text):
+    (tmp_path / "news.csv").write_text(f"symbol,date,headline\nTCS,{text},TCS up\n")
+    table, bad = read_headlines(tmp_path / "news.csv")
+    assert table.empty and bad == 1
 
 
 def test_an_unreadable_file_is_refused(tmp_path):

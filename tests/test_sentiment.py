@@ -248,6 +248,29 @@ def test_a_failed_provider_leaves_the_day_open(tmp_path):
         ]
 
 
+def test_a_second_fetch_changes_no_past_where_a_service_stands_beside_a_file(tmp_path):
+    "The service fails, answers, and the file gains a headline under an earlier time."
+    file, store = tmp_path / "news.csv", SnapshotStore(tmp_path / "data/sentiment")
+    begin = datetime.now(IST) - timedelta(days=1)
+    lines = [f"TCS,{(begin + timedelta(hours=h)).isoformat()},TCS up {h}" for h in (0, 3, 6)]
+    grid = pd.date_range(begin, begin + timedelta(hours=12), freq="30min")
+    seen, sizes = [], []
+    with Only([], []) as server:
+        given = own_settings(server, tmp_path, "csv,newsapi", headlines_csv=str(file))
+        server.faults.append(500)
+        for more in ([], [], [f"TCS,{(begin + timedelta(hours=1)).isoformat()},TCS fraud"]):
+            lines += more
+            file.write_text("symbol,timestamp,headline\n" + "\n".join(lines))
+            fetch_sentiment(given, ["TCS"], begin.date(), TODAY, force=True)
+            seen.append(sentiment_as_of(store, "TCS", grid))
+            held = [s for d in store.days("TCS") for s in store.read_day("TCS", d)]
+            sizes.append(len(held))
+            assert len({(s.date, s.available_at) for s in held}) == len(held)
+    assert seen[0]["value"].notna().any() and sizes[0] < sizes[1] < sizes[2]
+    for later in seen[1:]:
+        pd.testing.assert_frame_equal(later, seen[0])
+
+
 def test_history_nobody_gives_is_coverage_zero_and_nothing_is_written(tmp_path):
     with Only([], []) as server:
         none = fetch_sentiment(
@@ -464,6 +487,8 @@ def test_settings_that_cannot_be_meant_are_refused(tmp_path):
         ({"sentiment_providers": "csv"}, "headlines_csv"),
         ({"sentiment_providers": "rss"}, "rss_urls"),
         ({"sentiment_providers": "stub", "sentiment_weights": "stub=-1"}, "0 or more"),
+        ({"sentiment_providers": "newsapi", "newsapi_key": "torn\nkey"}, "printable ASCII"),
+        ({"sentiment_providers": "twitter", "twitter_token": "ключ"}, "printable ASCII"),
     ):
         with pytest.raises(SettingsError, match=text):
             make_registry(load_settings(home=str(tmp_path), **more))

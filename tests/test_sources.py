@@ -97,6 +97,7 @@ def test_confirmed_actions_are_applied_to_the_run_and_never_to_the_store(tmp_pat
     known = rows | {"source": "test", "note": ""}
     both = [known | {"status": "confirmed"}]
     both += [known | {"status": "suspected", "ex_date": "2024-01-22"}]
+    both += [known | {"status": "confirmed", "ex_date": "2024-02-05"}]  # after the last bar
     table = pd.DataFrame(both)[list(ACTION_COLUMNS)]
     table.to_csv(actions_file(tmp_path), index=False)
     assert len(read_actions(actions_file(tmp_path))) >= 2

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['Judge', 'ReadRange', 'NewsError', 'KeyRefused', 'BadReply', 'BeyondHistory', 'Unreachable', 'ProviderDown',
            'QuotaSpent', 'Answer', 'NewsProvider', 'NeutralStub', 'Allowed', 'Quota', 'take', 'stop_until', 'left',
-           'CallRules', 'Reply', 'Caller', 'refusal', 'ask', 'keep_evidence', 'day_bounds', 'query', 'NewsApi',
-           'engagement', 'TwitterSearch', 'RssFeeds', 'read_headlines', 'CsvHeadlines']
+           'CallRules', 'Reply', 'Caller', 'address_secrets', 'refusal', 'ask', 'keep_evidence', 'day_bounds', 'query',
+           'NewsApi', 'engagement', 'TwitterSearch', 'RssFeeds', 'read_headlines', 'CsvHeadlines']
 
 # %% ../../nbs/2_data/27_news.ipynb #916ca62c
 import hashlib
 import json
 import math
 import re
+import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -27,7 +28,7 @@ from urllib.parse import quote_plus, urlsplit
 import pandas as pd
 
 from ..core.errors import DataError, SettingsError
-from ..core.events import append_lines, make_folder
+from ..core.events import append_lines, make_folder, write_refusal
 from ..core.types import IST
 from ..market.headlines import Company, Item
 
@@ -145,7 +146,7 @@ class Quota:
         from pyrate_limiter.limiter import Limiter
 
         self.name, self.allowed, self.file = name, allowed, file
-        rate = Rate(allowed.calls, int(allowed.window_s * 1000))
+        rate = Rate(allowed.calls, int(allowed.window_s * 1010))  # 1% more: some arrive late
         self._window = _bucket(rate, name, file)
         smooth = Rate(1, Duration.SECOND, burst=allowed.burst)
         self._smooth = Limiter(StateBucket([smooth], algorithm=TokenBucket()))
@@ -162,9 +163,15 @@ def _bucket(
 
     if file is None:
         return InMemoryBucket([rate])
-    make_folder(file.parent)
-    with _alone(file):
-        return SQLiteBucket.init_from_file([rate], table=f"calls_{name}", db_path=str(file))
+    try:
+        make_folder(file.parent)
+        with _alone(file):
+            return SQLiteBucket.init_from_file([rate], table=f"calls_{name}", db_path=str(file))
+    except OSError as error:
+        raise write_refusal(error, file) from error
+    except sqlite3.Error as error:
+        fix = "Move it aside; then nobody knows what was asked before"
+        raise DataError("the count of requests must be readable", error, file, fix) from None
 
 
 def _alone(file: Path | None) -> AbstractContextManager:
@@ -231,7 +238,7 @@ def left(quota: Quota) -> int:
 class CallRules:
     "How patiently a provider is asked."
 
-    timeout_s: float = 5.0  # for one whole answer
+    timeout_s: float = 5.0  # for a connection, for each wait, and for a body as a whole
     tries: int = 3  # of a request that may succeed later, >= 1
     backoff_s: float = 1.0  # before the second try; later waits double, with jitter
     most_bytes: int = 5_000_000  # of one answer
@@ -259,6 +266,9 @@ class Caller:
     ):
         self.name, self.quota, self.rules = quota.name, quota, rules or CallRules()
         self.audit, self.secrets, self.redirects = audit, tuple(s for s in secrets if s), redirects
+        if not all(s.isascii() and s.isprintable() for s in self.secrets):
+            must = "a key must be of printable ASCII letters, without a line break"
+            raise SettingsError(must, "another character", self.name)
         self._client: Any = None
 
     def __repr__(self) -> str:
@@ -273,9 +283,20 @@ def _plain(secrets: Sequence[str], text: str) -> str:
 
 
 def _place(caller: Caller, url: str) -> str:
-    "Whom we asked, without a query."
-    parts = urlsplit(url)
+    "Whom we asked, without a query; a SettingsError where that is nobody."
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # as of http://[
+        raise _no_address(caller, url) from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise _no_address(caller, url)
     return f"{caller.name} at {parts.hostname}{parts.path}"
+
+
+def _no_address(caller: Caller, url: str) -> SettingsError:
+    "What to say of an address that is none; what may be secret in it is left out."
+    must = "an address must begin with http:// or https://, then a host"
+    return SettingsError(must, url.split("?")[0].split("@")[-1], caller.name)
 
 
 def _open(caller: Caller) -> Any:
@@ -289,6 +310,19 @@ def _open(caller: Caller) -> Any:
     return caller._client
 
 # %% ../../nbs/2_data/27_news.ipynb #e222aa09
+_SECRET = re.compile(r"(?i)\w*(token|secret|password|apikey)|(.*[-_])?(key|auth|pass|pwd)")
+
+
+def address_secrets(
+    url: str,  # of a feed
+) -> tuple[str, ...]:  # as the address spells them
+    "The password and the keys that an address carries."
+    login = url.partition("://")[2].partition("/")[0].rpartition("@")[0]
+    asked = [p.partition("=") for p in url.partition("?")[2].split("&")]
+    keys = [v for k, _, v in asked if _SECRET.fullmatch(k)]
+    return tuple(s for s in [login.partition(":")[2], *keys] if s)
+
+# %% ../../nbs/2_data/27_news.ipynb #15c5b0c0
 def _read_reply(caller: Caller, url: str, params: dict, headers: dict) -> Reply:
     "One request, read whole within its time and size."
     import httpx
@@ -313,9 +347,7 @@ def _read_reply(caller: Caller, url: str, params: dict, headers: dict) -> Reply:
     except httpx.TimeoutException:
         raise late from None
     except (httpx.InvalidURL, httpx.UnsupportedProtocol):
-        raise SettingsError(
-            "an address must begin with http:// or https://", url, caller.name
-        ) from None
+        raise _no_address(caller, url) from None
     except httpx.TooManyRedirects:
         raise BadReply(
             "an answer must come after 5 redirects", "more", _place(caller, url)
@@ -442,6 +474,8 @@ def _json(reply: Reply, where: str) -> dict[str, Any]:
     kind = reply.headers.get("content-type", "no type")
     try:
         body = json.loads(reply.body)
+        if b"\\ud" in reply.body.lower():  # halves of a character, which nothing can print
+            body = json.loads(json.dumps(body, ensure_ascii=False).encode("utf-8", "replace"))
     except (ValueError, RecursionError):
         said = refusal(reply, where, kind)
         raise said or BadReply("an answer must be JSON", kind, where) from None
@@ -776,13 +810,19 @@ _ALIASES = {
 }
 
 
+_FULL_DAY = r"\s*\d{4}-?\d\d-?\d\d"  # a month alone is no moment
+_MIDNIGHT = r"(?:[T ]00(?::?00(?::?00(?:\.0+)?)?)?)?\s*(?:Z|[+-]\d\d:?\d\d)?\s*"  # or no time
+
+
 def _moments(texts: pd.Series) -> pd.Series:
-    "ISO 8601 times in IST, NaT where there is none; a day before its month is not guessed at."
+    "ISO 8601 times in IST, NaT where there is none; a day alone, or its midnight, is its end."
     kind: dict[str, Any] = {"format": "ISO8601", "errors": "coerce", "utc": True}
     zoned = texts.str.contains(r"(?:Z|[+-]\d\d:?\d\d)\s*$")
     aware = pd.to_datetime(texts.where(zoned), **kind).dt.tz_convert(IST)
     plain = pd.to_datetime(texts.mask(zoned), **kind).dt.tz_localize(None).dt.tz_localize(IST)
-    return aware.fillna(plain)
+    found = aware.fillna(plain).where(texts.str.match(_FULL_DAY))
+    late = found + pd.Timedelta(days=1) - pd.Timedelta(seconds=1)
+    return late.where(texts.str.fullmatch(_FULL_DAY + _MIDNIGHT), found)
 
 
 def read_headlines(

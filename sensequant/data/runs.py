@@ -187,7 +187,7 @@ def _pin_symbols(run: Run, store: BarStore, ingested: IngestResult) -> None:
                 "the store must hold what was ingested", "other bars", found.symbol, fix
             )
         actions = actions_for(table, found.symbol, ingested.source)
-        pin_bars(run, found.symbol, adjust(raw, actions))
+        pin_bars(run, found.symbol, adjust(raw, actions, as_of=span.end))
         days = pd.to_datetime(actions["ex_date"]).dt.date
         applied += actions[(days > raw.index[0].date()) & (days <= span.end)].to_dict("records")
     run.artifacts.write_json("actions.json", {"applied": applied})

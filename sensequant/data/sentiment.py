@@ -43,6 +43,7 @@ from sensequant.data.news import (
     RssFeeds,
     TwitterSearch,
     Unreachable,
+    address_secrets,
     day_bounds,
     left,
 )
@@ -656,6 +657,20 @@ def next_day(
     return min([last + timedelta(days=1), *recent])
 
 # %% ../../nbs/2_data/28_sentiment.ipynb #3bfac082
+def _later(store: SnapshotStore, heard: Heard, made: Sequence[Snapshot]) -> list[Snapshot]:
+    "What may stand behind lines that are held; what is final only now is known from now on."
+    found, last = [], {}
+    for s in made:
+        if s.date not in last:
+            held = [o for o in store.read_day(s.symbol, s.date) if o.asked == s.asked]
+            last[s.date] = held[-1].available_at if held else None
+        if (newest := last[s.date]) is None or s.available_at > newest:
+            found.append(s)
+        elif s.final:
+            found.append(replace(s, available_at=heard.fetched_at))
+    return found
+
+# %% ../../nbs/2_data/28_sentiment.ipynb #0bf66f36
 def fetch_symbol(
     registry: Registry,
     store: SnapshotStore,
@@ -672,7 +687,7 @@ def fetch_symbol(
     for first, last in _spans(missing):
         heard = listen(registry, symbol, first, last)
         made = [s for d in wanted_days(first, last) for s in day_snapshots(heard, registry, d)]
-        write_snapshots(store, made, anew)
+        write_snapshots(store, made if anew else _later(store, heard, made), anew)
         notes += [n for a in heard.answers.values() for n in a.notes]
         failed |= heard.failed
     return replace(
@@ -724,12 +739,18 @@ def _key(settings: Settings, field_name: str, provider: str) -> str:
 _FEEDS = Allowed(60, 60.0)  # requests of feeds; they name no limit
 
 
-def _caller(settings: Settings, name: str, allowed: Allowed, key: str = "") -> Caller:
+def _caller(
+    settings: Settings,
+    name: str,
+    allowed: Allowed,
+    secrets: tuple[str, ...],
+    redirects: bool = False,
+) -> Caller:
     "How a provider is asked."
     data = settings.home / "data"
     rules = CallRules(settings.sentiment_timeout_s, settings.sentiment_retries)
     quota = Quota(name, allowed, data / "state" / f"news-{name}.db")
-    return Caller(quota, rules, data / "sentiment" / "audit", (key,), redirects=not key)
+    return Caller(quota, rules, data / "sentiment" / "audit", secrets, redirects)
 
 # %% ../../nbs/2_data/28_sentiment.ipynb #8eb5cf34
 def make_provider(
@@ -742,15 +763,17 @@ def make_provider(
             _key(settings, "newsapi_key", name),
             Allowed(settings.newsapi_calls_per_day, 86_400),
         )
-        return NewsApi(_caller(settings, name, day, key), key, settings.newsapi_url)
+        return NewsApi(_caller(settings, name, day, (key,)), key, settings.newsapi_url)
     if name == "twitter":
         key = _key(settings, "twitter_token", name)
         quarter = Allowed(settings.twitter_calls_per_window, 900)
-        return TwitterSearch(_caller(settings, name, quarter, key), key, settings.twitter_url)
+        return TwitterSearch(_caller(settings, name, quarter, (key,)), key, settings.twitter_url)
     if name == "rss":
         if not settings.rss_urls.split():
             raise SettingsError("rss needs addresses of feeds", "none", "rss_urls")
-        return RssFeeds(_caller(settings, name, _FEEDS), settings.rss_urls.split())
+        urls = settings.rss_urls.split()
+        secrets = tuple(s for url in urls for s in address_secrets(url))
+        return RssFeeds(_caller(settings, name, _FEEDS, secrets, redirects=True), urls)
     if name == "csv":
         if settings.headlines_csv is None:
             raise SettingsError("csv needs a file of headlines", "none", "headlines_csv")

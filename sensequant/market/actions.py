@@ -80,11 +80,15 @@ def read_actions(
     facts = check_actions(read_facts("corporate_actions"), "facts/corporate_actions.csv")
     if own is None or not Path(own).exists():
         return facts
+    return merge_actions(facts, _read_own(own))
+
+
+def _read_own(path: Path | str) -> pd.DataFrame:
+    "The table at `path`."
     try:
-        mine = check_actions(pd.read_csv(own, dtype=str, keep_default_na=False), own)
+        return check_actions(pd.read_csv(path, dtype=str, keep_default_na=False), path)
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise DataError("a table of actions must be a CSV file", error, own) from error
-    return merge_actions(facts, mine)
+        raise DataError("a table of actions must be a CSV file", error, path) from error
 
 
 def merge_actions(
@@ -105,8 +109,7 @@ def save_actions(
     "Add what was found to the table at `path`, written whole; what a person decided stays."
     path, old = Path(path), check_actions(found)
     if path.exists():
-        mine = pd.read_csv(path, dtype=str, keep_default_na=False)
-        old = merge_actions(check_actions(mine, path), found)
+        old = merge_actions(_read_own(path), found)
     text = old.assign(ex_date=old["ex_date"].dt.strftime("%Y-%m-%d")).to_csv(index=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, text.encode())
@@ -118,10 +121,15 @@ def actions_for(
     symbol: str,  # NSE code
     source: str = "any",  # of the bars; any leaves only what concerns every source
 ) -> pd.DataFrame:  # `ACTION_COLUMNS`, confirmed ones, by ex-date
-    "What must be applied to one symbol's bars from one source."
+    "What must be applied to one symbol's bars from one source; never twice for one day."
     mine = actions[(actions["symbol"] == symbol) & (actions["status"] == "confirmed")]
     fits = [p == "any" or fnmatchcase(source, p) for p in mine["applies_to"]]
-    return mine[np.array(fits, dtype=bool)].sort_values("ex_date", ignore_index=True)
+    mine = mine[np.array(fits, dtype=bool)].sort_values("ex_date", ignore_index=True)
+    if (twice := mine["ex_date"].duplicated(keep=False)).any():
+        found = f"{mine['ex_date'][twice].iloc[0]:%Y-%m-%d}: {', '.join(mine['applies_to'][twice])}"
+        fix = "Reject all but one in the table of your own, or join their factors in one row"
+        raise DataError("one confirmed action a day may concern a source", found, symbol, fix)
+    return mine
 
 # %% ../../nbs/1_market/14_actions.ipynb #35304ba2
 _PRICES = ["open", "high", "low", "close"]
@@ -152,6 +160,8 @@ def _changed(bars: pd.DataFrame, steps: list[_Step], where: object) -> pd.DataFr
         volume[:n] *= step.volume
     if len(prices) and not prices.min() > 0:
         raise DataError("prices must stay above 0 INR after an action", prices.min(), where)
+    if len(volume) and not volume.max() < 2**63:
+        raise DataError("volumes must stay countable after an action", volume.max(), where)
     columns = dict(zip(_PRICES, prices.T, strict=True))
     return bars.assign(**columns, volume=np.rint(volume).astype(np.int64))
 
