@@ -459,7 +459,7 @@ def test_writers_killed_again_and_again_lose_nothing_that_was_said_to_be_held(tm
         for writer in writers.values():
             writer.start()
         if kills < 10:
-            time.sleep(float(rng.uniform(0.05, 0.5)))
+            time.sleep(float(rng.uniform(0.01, 0.12)))
             os.kill(writers[number].pid, signal.SIGKILL)
             kills += 1
         for writer in writers.values():

@@ -26,6 +26,7 @@ from sensequant.data.coverage import (
     coverage,
     coverage_page,
     coverage_picture,
+    coverage_status,
     coverage_summary,
     find_gaps,
     monthly,
@@ -229,3 +230,13 @@ def test_a_range_that_has_not_begun_is_refused():
     stored(TCS=FULL)
     done = cli.invoke(data, ["coverage", "--start", "2099-01-01", "--end", "2099-02-01"])
     assert done.exit_code == 2 and isinstance(done.exception, SystemExit)
+
+
+@given(st.integers(1, 400), st.data())
+def test_a_share_that_is_just_enough_is_enough(expected, draw):
+    held = draw.draw(st.integers(1, expected))
+    days = YEARS.expected()[:expected]
+    span = Span(Interval.DAY, days[0].date(), days[-1].date())
+    found = coverage("TCS", Fetched(FULL.loc[days[:held]], NOTHING, held, "x"), span)
+    assert coverage_status(found, held / expected) == "ok"
+    assert held == expected or coverage_status(found, (held + 1) / expected) == "partial"

@@ -1,6 +1,8 @@
 """Fetching through the real client from the sandbox: kills, faults, two at once, late bars."""
 
+import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,17 +15,21 @@ import pandas as pd
 import pytest
 
 from sensequant.core.errors import BrokerError
+from sensequant.core.events import write_refusal
 from sensequant.core.settings import load_settings
 from sensequant.core.state import State
-from sensequant.core.types import IST, Interval
+from sensequant.core.types import IST, Fetched, Interval
+from sensequant.data import bars as bars_module
 from sensequant.data.bars import BarStore, resample_bars
 from sensequant.data.coverage import Span
 from sensequant.data.feeds import HybridFeed, breeze_feed, make_feed
 from sensequant.data.ingest import FetchPlan, fill, incremental_span, ingest, remember
 from sensequant.live.sandbox import Sandbox, SandboxSpec
 from sensequant.live.sandbox_faults import Planned
-from sensequant.market.calendar import sessions
+from sensequant.market.bar_rules import judge_frame
+from sensequant.market.calendar import session_hours, sessions
 from sensequant.market.simulator import MarketSpec, simulate
+from sensequant.ops.data_cli import _forgiven
 
 MARKET = MarketSpec(symbols=3, start=date(2024, 1, 1), end=date(2024, 6, 28))
 HALF_YEAR = (MARKET.start, MARKET.end)
@@ -538,3 +544,158 @@ def test_without_keys_or_symbols_the_command_says_so(broker, tmp_path):
     )
     assert keyless.returncode == 2 and "error:" in keyless.stderr
     assert "Traceback" not in keyless.stderr and Path(env["SENSEQUANT_HOME"]) == tmp_path
+
+
+# ------------------------------------------------------------------- what a store must not lose
+
+
+def test_forcing_keeps_sessions_that_come_with_fewer_bars(broker, tmp_path):
+    feed, store, force = feed_of(broker, tmp_path), store_of(tmp_path), FetchPlan(force=True)
+    fill(feed, store, wanted(DAY, "SIM001") | wanted(FIVE, "SIM002"))
+    broker.show_until(date(2024, 3, 1))
+    short = fill(feed, store, wanted(DAY, "SIM001"), force)
+    (kept,) = short.symbols[0].notices
+    assert (kept.kind, short.failed) == ("kept", []) and "2024-03-02 to 2024-06-28" in kept.text
+    assert_truth(store, feed.name, DAY, ["SIM001"])
+    broker.show_until(MARKET.end)
+    broker.schedule(Planned("rows_missing", V2, count=99))
+    thin = fill(feed, store, wanted(FIVE, "SIM002"), force)
+    assert thin.failed == [] and {n.kind for n in thin.symbols[0].notices} == {"kept"}
+    assert_truth(store, feed.name, FIVE, ["SIM002"])
+
+
+def test_an_outage_before_the_first_bar_is_doubted_too(broker, tmp_path):
+    feed, store = feed_of(broker, tmp_path), store_of(tmp_path)
+    days = [FetchPlan(now=datetime(2026, 3, n, 17, tzinfo=IST)) for n in (2, 3)]
+    broker.schedule(Planned("empty_success", V2, count=6))
+    assert fill(feed, store, wanted(FIVE, "SIM001"), days[0]).count("empty") == 3
+    assert fill(feed, store, wanted(FIVE, "SIM001"), days[1]).count("fetched") == 3
+    assert_truth(store, feed.name, FIVE, ["SIM001"])
+
+
+def test_rows_that_came_good_later_do_not_condemn_a_symbol(broker, tmp_path):
+    feed, store = feed_of(broker, tmp_path), store_of(tmp_path)
+    good = ingest(feed, store, ["SIM001"], FIVE, *HALF_YEAR)
+    stamps = store.read(feed.name, "SIM001", FIVE).index[:900]
+    rows = pd.DataFrame({"row": range(900), "ts": stamps, "reason": "high_below_low"})
+    store.quarantine(feed.name, "SIM001", FIVE, rows.assign(column="high", value="1"))
+    assert ingest(feed, store, ["SIM001"], FIVE, *HALF_YEAR).report() == good.report()
+    assert len(store.quarantined(feed.name)) == 900, "they can still be looked at"
+
+
+class Unexpected:
+    "A service of which one session has rows at hours the calendar does not know."
+
+    name, simulated, remote = "breeze-unexpected", True, True
+
+    def listed_on(self, symbol):
+        return None
+
+    def fetch(self, symbol, interval, start, end):
+        hours = {day: session_hours(day) for day in sessions(start, end)}
+        muhurat = pd.Timestamp("2026-11-08", tz=IST)
+        if muhurat in hours:
+            hours[muhurat] = muhurat + pd.Timedelta(hours=18), muhurat + pd.Timedelta(hours=19)
+        step = {"freq": "5min", "inclusive": "left"}
+        ts = [t for first, last in hours.values() for t in pd.date_range(first, last, **step)]
+        rows = {"open": 100.0, "high": 101.0, "low": 99.0, "close": 100.5, "volume": 10}
+        found = judge_frame(pd.DataFrame({"ts": ts} | rows), interval, "rows")
+        return Fetched(found.bars, found.rejected, len(ts), "rows", found.notes, 1)
+
+
+def test_a_session_at_unknown_hours_does_not_condemn_its_neighbours(tmp_path):
+    feed, store, days = Unexpected(), store_of(tmp_path), (date(2026, 11, 2), date(2026, 11, 13))
+    plan = FetchPlan(now=datetime(2026, 11, 20, 18, tzinfo=IST))
+    filled = fill(feed, store, wanted(FIVE, "TCS", span=days), plan)
+    assert [n.kind for n in filled.symbols[0].notices] == ["calendar", "rejected"]
+    assert filled.failed == [] and len(store.read(feed.name, "TCS", FIVE)) == 9 * 75
+    assert len(store.quarantined(feed.name)) == 12
+    alone = fill(feed, store, wanted(FIVE, "INFY", span=(date(2026, 11, 8),) * 2), plan)
+    assert alone.failed == ["INFY"], "with nothing else to tell, such an answer is not believed"
+
+
+def test_what_a_service_remarks_is_told(broker, tmp_path):
+    feed, store = feed_of(broker, tmp_path), store_of(tmp_path)
+    broker.schedule(Planned("rows_duplicated", V2))
+    filled = fill(feed, store, wanted(DAY, "SIM001"))
+    assert [str(n) for n in filled.symbols[0].notices] == ["note: SIM001: 13 rows came twice"]
+
+
+# ----------------------------------------------------------- stores that are damaged or full
+
+
+TWO_YEARS = MarketSpec(symbols=2, start=date(2023, 10, 3), end=date(2024, 2, 29))
+
+
+def test_damage_of_another_year_stops_no_fetch(tmp_path):
+    with Sandbox(SandboxSpec(TWO_YEARS, scale=600)) as broker:
+        feed, store = feed_of(broker, tmp_path), store_of(tmp_path)
+        both = (TWO_YEARS.start, date(2024, 1, 31))
+        fill(feed, store, wanted(FIVE, "SIM001", span=both))
+        path = store.path(feed.name, "SIM001", FIVE) / "2023.parquet"
+        path.write_bytes(path.read_bytes()[:-200])
+        words = ["fetch", "--source", "breeze", "--interval", "5minute", "--end", "2024-02-29"]
+        words += ["--symbols", "SIM001,SIM002"]
+        done = command(broker, tmp_path, *words, "--incremental")
+        assert done.returncode == 0, done.stderr
+        assert "warning: damaged: SIM001" in done.stdout and store.damaged()
+        assert store.missing(feed.name, "SIM001", FIVE, *both)[0][0] == TWO_YEARS.start
+
+
+def test_a_full_disk_soon_ends_the_asking_and_nothing_forgives_it(broker, tmp_path, monkeypatch):
+    def full(files):
+        cause = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise write_refusal(cause, next(iter(files))) from cause
+
+    feed, store = feed_of(broker, tmp_path), store_of(tmp_path)
+    fill(feed, store, wanted(FIVE, "SIM001", span=(MARKET.start, date(2024, 1, 31))))
+    before = len(asked(broker))
+    monkeypatch.setattr(bars_module, "write_together", full)
+    filled = fill(HybridFeed(feed, store), store, wanted(FIVE))
+    assert len(asked(broker)) - before == 5 and filled.count("unstored") == 28
+    assert _forgiven(HybridFeed(feed, store), store, filled) == set()
+
+
+def test_backfill_mends_damage_and_makes_quarter_hours(broker, tmp_path):
+    words = ["--source", "breeze", "--start", "2024-01-01", "--end", "2024-01-31"]
+    named = ["--symbols", "SIM001", "--intervals", "15minute"]
+    source, store, quarter = feed_of(broker, tmp_path).name, store_of(tmp_path), Interval.MINUTE_15
+    done = command(broker, tmp_path, "backfill", *words, *named)
+    assert done.returncode == 0, done.stderr
+    true = store.read(source, "SIM001", quarter)
+    assert len(true) == 25 * len(sessions(date(2024, 1, 1), date(2024, 1, 31)))
+    for interval in (FIVE, quarter):
+        path = store.path(source, "SIM001", interval) / "2024.parquet"
+        path.write_bytes(path.read_bytes()[:-200])
+    done = command(broker, tmp_path, "backfill", *words, *named)
+    assert done.returncode == 0, done.stderr
+    pd.testing.assert_frame_equal(store.read(source, "SIM001", quarter), true)
+
+
+def test_a_symbol_whose_file_was_set_aside_is_still_missed(broker, tmp_path):
+    words = ["--source", "breeze", "--start", "2024-01-01", "--end", "2024-01-31"]
+    assert command(broker, tmp_path, "fetch", *words, "--symbols", "SIM001,SIM002").returncode == 0
+    store, source = store_of(tmp_path), feed_of(broker, tmp_path).name
+    path = store.path(source, "SIM001", DAY)
+    path.write_bytes(path.read_bytes()[:-50])
+    store.repair(source, "SIM001", DAY)
+    covered = command(broker, tmp_path, "coverage", *words)
+    assert covered.returncode == 3 and "1 of 2" in covered.stdout
+
+
+def test_damaged_state_and_codes_are_told_before_a_request_is_spent(broker, tmp_path):
+    words = ["fetch", "--source", "breeze", "--start", "2024-01-01", "--end", "2024-01-31"]
+    words += ["--symbols", "SIM001"]
+    state = tmp_path / "data" / "state" / "sensequant.db"
+    state.parent.mkdir(parents=True)
+    state.write_bytes(b"garbage" * 1000)
+    refused = command(broker, tmp_path, *words)
+    assert (refused.returncode, len(broker.log)) == (2, 0) and "must be whole" in refused.stderr
+    state.unlink()
+    command(broker, tmp_path, "discover")
+    codes = state.with_name("breeze_codes.csv")
+    text = codes.read_text()
+    codes.write_text(re.sub(r"(SIM001,SIMAAA,\w+),[^,]*,", r"\1,soon,", text))
+    damaged = command(broker, tmp_path, *words)
+    assert damaged.returncode == 1 and "must be YYYY-MM-DD; found soon" in damaged.stdout
+    assert "Traceback" not in damaged.stderr

@@ -481,6 +481,14 @@ def _read(place: _Place, start: date | None = None, end: date | None = None) -> 
             raise DataError("bars must be in the store", "No such file", place.path, fix)
         return _all_of(place, files)
 
+
+def _ranges(
+    place: _Place, start: date | None = None, end: date | None = None
+) -> tuple[HeldRange, ...]:
+    "What the files of a range answer for; nothing where there is no file."
+    with _shared(place):
+        return _all_of(place, _files(place, start, end)).ranges
+
 # %% ../../nbs/2_data/20_bars.ipynb #e95a8ef1
 class BarFiles:
     "Bars by source, interval and symbol under one folder: written and read."
@@ -537,9 +545,7 @@ class HeldBars(BarFiles):
 
     def ranges(self, source: str, symbol: str, interval: Interval) -> tuple[HeldRange, ...]:
         "What was asked for and came, sorted, not overlapping; empty when nothing was."
-        place = self._place(source, symbol, interval)
-        with _shared(place):
-            return _all_of(place, _files(place)).ranges
+        return _ranges(self._place(source, symbol, interval))
 
     def origin_of(self, source: str, symbol: str, interval: Interval, ts: datetime) -> HeldRange:
         "The answer that the bar at `ts` came with."
@@ -567,19 +573,24 @@ class CheckedBars(HeldBars):
     ) -> list[Path]:  # where they lie now
         "Set damaged files aside, so that what they held is missing and can be fetched again."
         place = self._place(source, symbol, interval)
-        if not any(_is_damaged(f) for f in _files(place, start, end)):
-            return []
-        with _locked(place.path):
-            return _repair(place, start, end)
+        try:
+            if not any(_is_damaged(f) for f in _files(place, start, end)):
+                return []
+            with _locked(place.path):
+                return _repair(place, start, end)
+        except OSError as error:
+            raise write_refusal(error, place.path) from error
 
     def missing(
         self, source: str, symbol: str, interval: Interval, start: date, end: date
     ) -> list[Days]:
         "Runs of sessions nobody asked for yet; a damaged file is set aside first."
-        self.repair(source, symbol, interval, start, end)
-        place = self._place(source, symbol, interval)
-        with _shared(place):
-            held = _all_of(place, _files(place, start, end)).ranges
+        asked = self._place(source, symbol, interval), start, end
+        try:
+            held = _ranges(*asked)
+        except DataError:
+            self.repair(source, symbol, interval, start, end)
+            held = _ranges(*asked)
         return missing_spans(held, start, end)
 
 # %% ../../nbs/2_data/20_bars.ipynb #9a343ccb

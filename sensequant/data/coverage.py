@@ -242,7 +242,8 @@ def coverage_status(
     mapped: bool = True,  # False where the vendor has no code for the symbol
 ) -> str:  # one of `STATUSES`
     "What to say of a symbol in one word."
-    if not found.sessions_expected or (found.rows and 1 - found.missing_frac >= threshold_frac):
+    held, expected = found.sessions_held, found.sessions_expected
+    if not expected or (found.rows and held / expected >= threshold_frac):
         return "ok"
     if found.rows:
         return "partial"

@@ -204,6 +204,15 @@ def _code_rows(path: Path) -> pd.DataFrame:
     return table
 
 
+def _listed(day: str, path: Path) -> date:
+    "A listing date of the file of codes."
+    try:
+        return date.fromisoformat(day)
+    except ValueError as error:
+        fix = "Move it aside and run `sensequant data discover`"
+        raise DataError("a listing date must be YYYY-MM-DD", day, path, fix) from error
+
+
 def read_codes(
     path: Path,  # which need not exist
     source: str,  # name of the feed
@@ -214,7 +223,7 @@ def read_codes(
         code, isin, day = row["nse_code"], row["isin"], row["listing_date"]
         facts = known_codes().get(code)
         known = facts.listing_date if facts else None
-        listed = date.fromisoformat(day) if day else known
+        listed = _listed(day, path) if day else known
         found[code] = Symbol(code, row["isec_code"], row["company"], isin, listed)
     return found
 
@@ -356,6 +365,7 @@ class HybridFeed:
 
     def fetch(self, symbol: str, interval: Interval, start: date, end: date) -> Fetched:
         "Held bars and the rest of the range, as far as the service gives it."
+        self.store.repair(self.name, symbol, interval)
         gaps = self.store.missing(self.name, symbol, interval, start, end)
         held = self.store.ranges(self.name, symbol, interval)
         bars = self.store.read(self.name, symbol, interval, start, end) if held else no_bars()

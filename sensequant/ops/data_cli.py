@@ -6,12 +6,14 @@ and handed on."""
 # %% auto #0
 __all__ = ['data', 'spell_time', 'spell_progress', 'LineMeter', 'BarMeter', 'meter', 'read_day', 'open_store', 'open_feed',
            'choose_symbols', 'spell_summary', 'spell_notices', 'close_fetch', 'Order', 'fetch_remote', 'fetch_local',
-           'read_order', 'fetch', 'choose_source', 'known_listing', 'codes_file', 'cover', 'covered_span',
-           'print_coverage', 'coverage', 'backfill_one', 'backfill', 'spell_changes', 'discover', 'print_table', 'show',
-           'quarantine', 'import_', 'export', 'Vendor', 'open_vendor', 'compare', 'decide', 'actions']
+           'read_order', 'fetch', 'choose_source', 'known_listing', 'codes_file', 'cover', 'known_symbols',
+           'covered_span', 'print_coverage', 'coverage', 'backfill_one', 'backfill', 'spell_changes', 'discover',
+           'print_table', 'show', 'quarantine', 'import_', 'export', 'Vendor', 'open_vendor', 'compare', 'decide',
+           'actions']
 
 # %% ../../nbs/9_ops/96_data_cli.ipynb #9976740c
 import json
+import re
 import sys
 import time
 from collections import defaultdict
@@ -194,10 +196,22 @@ def spell_notices(
         if notice.symbol not in same[notice.kind, notice.text]:
             same[notice.kind, notice.text].append(notice.symbol)
     lines = []
-    for (kind, text), symbols in same.items():
+    for (kind, text), symbols in _alike(same).items():
         more = f" and {len(symbols) - most} more" if len(symbols) > most else ""
         lines.append(f"{kind}: {', '.join(symbols[:most])}{more}: {text}")
     return lines
+
+
+def _alike(same: dict[tuple[str, str], list[str]]) -> dict[tuple[str, str], list[str]]:
+    "Notes that differ in their figures alone as one, the first with how many more there are."
+    told, shapes = {k: v for k, v in same.items() if k[0] != "note"}, defaultdict(list)
+    for (_, text), symbols in ((k, v) for k, v in same.items() if k[0] == "note"):
+        shapes[re.sub(r"\d+", "#", text)].append((text, symbols))
+    for first, *others in shapes.values():
+        more = f", and {len(others):,} such notes more" if others else ""
+        named = list(dict.fromkeys(s for _, symbols in (first, *others) for s in symbols))
+        told["note", first[0] + more] = named
+    return told
 
 
 def close_fetch(
@@ -240,12 +254,15 @@ class Order:
 def _spans(order: Order, store: Any, source: str, symbols: list[str]) -> dict[str, Any]:
     "The range to bring of each symbol; one that is up to date is left out."
     from sensequant.data.coverage import Span
-    from sensequant.data.ingest import incremental_span
+    from sensequant.data.ingest import asked_interval, incremental_span
 
     whole = Span(order.interval, order.start, order.end)
     if not order.incremental:
         return dict.fromkeys(symbols, whole)
-    days = order.lookback_days
+    days, asked = order.lookback_days, asked_interval(order.interval)
+    for symbol in symbols:
+        for path in store.repair(source, symbol, asked):
+            say(f"warning: damaged: {symbol}: a damaged store file was kept as {path.name}")
     spans = {s: incremental_span(store, source, s, whole, days) for s in symbols}
     return {s: span for s, span in spans.items() if span}
 
@@ -262,38 +279,58 @@ def _plan_only(feed: Any, store: Any, spans: dict[str, Any], plan: Any) -> int:
 # %% ../../nbs/9_ops/96_data_cli.ipynb #82b9b007
 def fetch_remote(feed: Any, settings: Settings, symbols: list[str], order: Order) -> int:
     "Bring what the store lacks; the exit code."
-    from sensequant.core.state import State
-    from sensequant.data.ingest import Watchers, fill, make_quarters, plan_from, remember
+    from sensequant.data.ingest import plan_from
 
-    store, shown = open_store(settings), meter()
-    state = State(settings.home / "data" / "state" / "sensequant.db")
+    store = open_store(settings)
     spans, plan = _spans(order, store, feed.name, symbols), plan_from(settings, order.force)
     if order.dryrun:
         return _plan_only(feed, store, spans, plan)
     if len(spans) < len(symbols):
         say(f"{len(symbols) - len(spans)} symbols are up to date")
+    return _bring(feed, settings, order, (spans, plan, None))
+
+
+def _bring(feed: Any, settings: Settings, order: Order, what: tuple) -> int:
+    "Fill the store and note in the state what it holds; `what` is spans, plan and days again."
+    from sensequant.core.state import State
+    from sensequant.data.ingest import Watchers, fill, make_quarters, remember
+
+    store, shown, (spans, plan, again) = open_store(settings), meter(), what
+    derived: list[str] = []  # what could not be made of bars that came
 
     def note(done: Any) -> None:
-        if order.interval == Interval.MINUTE_15:
-            make_quarters(store, feed.name, done.symbol, done.plan.span)
-        remember(state, store, feed.name, done.symbol, order.interval)
+        if done.plan.refusal:
+            return
+        try:
+            if order.interval == Interval.MINUTE_15:
+                make_quarters(store, feed.name, done.symbol, done.plan.span)
+            remember(state, store, feed.name, done.symbol, order.interval)
+        except DataError as error:
+            if str(error.where) == str(state.path):
+                raise
+            derived.append(f"{done.symbol}: {error}")
 
-    with state:
+    with State(settings.home / "data" / "state" / "sensequant.db") as state:
+        state.fetches(feed.name)  # a damaged state is told before a request is spent
         try:
             watch = Watchers(shown.show, note)
-            filled = fill(feed, store, spans, plan, order.workers, watch)
+            filled = fill(feed, store, spans, plan, order.workers, watch, again)
         finally:
             shown.end()
-    return close_fetch(filled, _forgiven(feed, store, filled))
+    code = close_fetch(filled, _forgiven(feed, store, filled))
+    for line in derived:
+        say(f"failed: {line}")
+    return FAILED if derived else code
 
 
 def _forgiven(feed: Any, store: Any, filled: Any) -> set[str]:
-    "Symbols that failed, of which a feed that falls back has something to give."
+    "Symbols that the service failed, of which a feed that falls back has something to give."
     from sensequant.data.feeds import HybridFeed
 
     if not isinstance(feed, HybridFeed):
         return set()
-    spans = {s.symbol: s.plan.span for s in filled.symbols if s.failed}
+    denied = (s for s in filled.symbols if s.failed and not s.unstored)
+    spans = {s.symbol: s.plan.span for s in denied}
     held = {s: store.ranges(feed.name, s, w.interval) for s, w in spans.items()}
     return {
         s
@@ -468,17 +505,31 @@ def cover(
 ) -> list[Any]:  # Coverage of each symbol, sorted
     "What the store holds of each symbol, and what it lacks."
     from sensequant.data.coverage import coverage
+
+    store, listed = open_store(settings), known_listing(settings, source)
+    return [
+        coverage(s, _held_of(store, source, s, span), span, listed(s)) for s in sorted(set(symbols))
+    ]
+
+
+def _held_of(store: Any, source: str, symbol: str, span: Any) -> Any:  # Fetched
+    "What is held of a symbol; nothing of one that has no file, or whose files were set aside."
     from sensequant.data.feeds import nothing_fetched
     from sensequant.data.ingest import stored
 
-    store, listed = open_store(settings), known_listing(settings, source)
-    found = []
-    for symbol in sorted(set(symbols)):
-        held = store.ranges(source, symbol, span.interval)
-        empty = not held and not store.path(source, symbol, span.interval).exists()
-        fetched = nothing_fetched(source) if empty else stored(store, source, symbol, span)
-        found.append(coverage(symbol, fetched, span, listed(symbol)))
-    return found
+    try:
+        return stored(store, source, symbol, span)
+    except DataError:
+        if store.ranges(source, symbol, span.interval):
+            raise
+        return nothing_fetched(source)
+
+
+def known_symbols(store: Any, source: str, interval: Interval) -> list[str]:
+    "Symbols with a file, and those whose file was damaged and set aside, sorted."
+    folder = store.root / source / interval.value
+    aside = (p.name.partition(".parquet.damaged-")[0] for p in folder.glob("[!.]*.damaged-*"))
+    return sorted({*store.symbols(source, interval), *aside})
 
 
 def covered_span(settings: Settings, order: Order) -> Any:  # Span
@@ -544,7 +595,7 @@ def coverage(
         store = open_store(settings)
         place = choose_source(store, source, settings)
         named = read_symbols(symbols, symbols_file, universe)
-        chosen = named or store.symbols(place, order.interval)
+        chosen = named or known_symbols(store, place, order.interval)
         if not chosen:
             none = f"none of {order.interval} in {place}"
             raise DataError("the store must hold a symbol", none, store.root, "Fetch some first")
@@ -572,10 +623,13 @@ def backfill_one(
     again: bool,  # ask for sessions that came without a bar
 ) -> int:
     "Fill the holes of one interval; the exit code."
-    from sensequant.core.state import State
-    from sensequant.data.ingest import Watchers, fill, plan_from, remember
+    from sensequant.data.ingest import asked_interval, plan_from
 
     store, span = open_store(settings), covered_span(settings, order)
+    for symbol in symbols:
+        for step in {order.interval, asked_interval(order.interval)}:
+            for path in store.repair(feed.name, symbol, step):
+                say(f"warning: damaged: {symbol}: a damaged store file was kept as {path.name}")
     found = [c for c in cover(settings, feed.name, symbols, span) if c.missing]
     lost = sum(g.sessions for c in found for g in c.missing)
     say(f"{order.interval}: {lost:,} sessions missing of {len(found)} symbols")
@@ -584,18 +638,7 @@ def backfill_one(
     plan = plan_from(settings)
     if order.dryrun:
         return 0 if again else _plan_only(feed, store, wanted, plan)
-    shown, state = meter(), State(settings.home / "data" / "state" / "sensequant.db")
-
-    def note(done: Any) -> None:
-        remember(state, store, feed.name, done.symbol, order.interval)
-
-    with state:
-        try:
-            watch = Watchers(shown.show, note)
-            filled = fill(feed, store, wanted, plan, order.workers, watch, gaps)
-        finally:
-            shown.end()
-    return close_fetch(filled, _forgiven(feed, store, filled))
+    return _bring(feed, settings, order, (wanted, plan, gaps))
 
 
 @data.command()
@@ -624,7 +667,7 @@ def backfill(
             if not feed.remote:
                 must = "a backfill needs a service, --source breeze or hybrid"
                 raise SettingsError(must, settings.source, "source")
-            held = {s for i in Interval for s in store.symbols(feed.name, i)}
+            held = {s for i in Interval for s in known_symbols(store, feed.name, i)}
             chosen = named or sorted(held)
             if not chosen:
                 fix = "Name them with --symbols"
