@@ -16,6 +16,7 @@ import lightgbm as lgb
 import pandas as pd
 import psutil
 from bench_data import bench_store
+from bench_fetch import bench_fetch
 
 from sensequant.backtest.backtester import long_flat
 from sensequant.backtest.stat_tests import stat_tests
@@ -140,6 +141,7 @@ def main() -> None:
         "windows a minute, 2 workers (wall)": 60 * len(trained) / double["wall s"],
     }
     ratios |= bench_store(Path(tempfile.mkdtemp()), watch)
+    ratios |= bench_fetch(Path(tempfile.mkdtemp()), watch)
     print(watch.table().to_string(), "\n")
     for name, value in ratios.items():
         print(f"{name:<52}{value:8.3f}")

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from bench_fetch import broker_elsewhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
@@ -578,25 +579,24 @@ def test_every_request_of_the_sdk_is_counted(tmp_path):
 
 @pytest.mark.slow
 def test_the_allowed_rate_is_used_and_never_exceeded(tmp_path):
-    "Limits scaled sixty-fold; every sliding minute as the broker counts it; answers unjudged."
-    allowed = 3600
-    with Sandbox(SandboxSpec(MARKET, scale=60)) as sandbox:
-        client = client_of(sandbox, tmp_path, per_minute=allowed, per_day=300_000, orders=480)
+    "Limits scaled sixty-fold, bars judged; every sliding minute as a broker elsewhere counts it."
+    allowed, sixtyfold = 3600, SandboxSpec(MARKET, calls_per_minute=60, scale=60)
+    with broker_elsewhere(sixtyfold) as (endpoints, secrets, close):
+        allowance = b.Allowance(tmp_path / "allowance.db", allowed, 300_000, 480)
+        client = b.BreezeClient(secrets, endpoints, allowance, b.RetryPolicy(3, 0.02, 10.0))
         client.connect()
         end = time.time() + 122
 
-        first, last = p.window(date(2024, 1, 1), date(2024, 1, 31))
-        asked = {"interval": "1day", "stock_code": "SIMAAA", "exchange_code": "NSE"}
-        asked |= {"from_date": first, "to_date": last}
-
         def work(_):
             while time.time() < end:
-                client.ask("get_historical_data_v2", **asked)
+                got = client.bars("SIMAAA", Interval.DAY, date(2024, 1, 1), date(2024, 1, 31))
+                assert len(got.bars) > 15 and got.requests == 1
 
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(work, range(8)))
-        times = [r.time.timestamp() for r in sandbox.log]
-    assert not [r for r in sandbox.log if r.error]
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
+        log = close()
+    times = [moment for moment, _ in log]
+    assert not [error for _, error in log if error]
     assert all(late - early >= 60 for early, late in zip(times, times[allowed:], strict=False))
     assert sum(t < times[0] + 120 for t in times) >= 0.95 * 2 * allowed
 

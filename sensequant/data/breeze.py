@@ -800,20 +800,35 @@ class Ask:
         return replace(self, end=middle), replace(self, start=middle + timedelta(days=1))
 
 # %% ../../nbs/2_data/22_breeze.ipynb #b215fe01
+_A_DAY = np.timedelta64(1, "D")
+
+
+def _since(frame: pd.DataFrame, day: date) -> np.ndarray:  # m8[us], (n_rows,)
+    "Time from 00:00 IST of a day to each row."
+    return frame["ts"].to_numpy("M8[us]") - pd.Timestamp(day, tz=IST).to_datetime64()
+
+
 def _inside(frame: pd.DataFrame, ask: Ask) -> np.ndarray:  # bool, (n_rows,)
     "Rows of the days that were asked for."
-    first, last = (pd.Timestamp(day, tz=IST) for day in (ask.start, ask.end))
-    return ((frame["ts"] >= first) & (frame["ts"] < last + pd.Timedelta(days=1))).to_numpy()
+    return (_since(frame, ask.start) >= 0 * _A_DAY) & (_since(frame, ask.end) < _A_DAY)
 
 
 def _doubtful(frame: pd.DataFrame, ask: Ask) -> bool:
     "Whether an answer has no rows, or one that no market makes."
-    prices = frame[["open", "high", "low", "close"]].to_numpy()
-    broken = ~(np.isfinite(prices) & (prices > 0)).all(axis=1) | ~_inside(frame, ask)
-    broken |= (prices[:, 1] < prices.max(axis=1)) | (prices[:, 2] > prices.min(axis=1))
+    prices = np.array([frame[c].to_numpy() for c in ("open", "high", "low", "close")])
+    broken = ~(np.isfinite(prices) & (prices > 0)).all(axis=0) | ~_inside(frame, ask)
+    broken |= (prices[1] < prices.max(axis=0)) | (prices[2] > prices.min(axis=0))
     if ask.interval != Interval.DAY:
-        broken |= (frame["ts"] == frame["ts"].dt.normalize()).to_numpy()
+        broken |= _since(frame, ask.start) % _A_DAY == 0 * _A_DAY
     return frame.empty or bool(broken.any())
+
+# %% ../../nbs/2_data/22_breeze.ipynb #133f9f19
+def _twice(frame: pd.DataFrame) -> np.ndarray:  # bool, (n_rows,)
+    "Rows that are the same as one before; there is none where time always goes on."
+    stamps = frame["ts"].to_numpy("M8[us]")
+    if (stamps[1:] > stamps[:-1]).all():
+        return np.zeros(len(frame), dtype=bool)
+    return frame.duplicated().to_numpy()
 
 
 _JUDGING = threading.Lock()  # the rules load a library at their first call
@@ -825,7 +840,7 @@ def _judge(
 ) -> tuple[pd.DataFrame, pd.DataFrame, tuple[str, ...]]:  # bars, rejected, notes
     "Rows told apart by the rules for bars."
     strange = ~_inside(frame, ask) & frame["ts"].notna().to_numpy()
-    twice = frame.duplicated().to_numpy() & ~strange
+    twice = _twice(frame) & ~strange
     notes = [f"{strange.sum()} rows of days that were not asked for"] * bool(strange.any())
     notes += [f"{twice.sum()} rows came twice"] * bool(twice.any())
     with _JUDGING:

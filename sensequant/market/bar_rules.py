@@ -5,21 +5,28 @@
 # %% auto #0
 __all__ = ['REASONS', 'SET_APART', 'FLAGS', 'NOISE_FRAC', 'GRID_TOLERANCE_S', 'CIRCUIT_FRAC', 'PRE_OPEN', 'AFTER_CLOSE',
            'PRICE_RULES', 'DAY_RULES', 'HOUR_RULES', 'RAW_COLUMNS', 'Rule', 'rules_of', 'row_schema', 'Judged',
-           'judge_rows', 'rows_frame', 'judge_frame']
+           'judge_rows', 'judge_frame']
 
 # %% ../../nbs/1_market/15_bar_rules.ipynb #4b938a37
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ..core.errors import DataError
-from ..core.types import BAR_COLUMNS, IST, REJECT_COLUMNS, Interval
-from .calendar import known, session_hours, sessions
+from sensequant.core.types import (
+    BAR_COLUMNS,
+    IST,
+    REJECT_COLUMNS,
+    SESSION_CLOSE,
+    SESSION_OPEN,
+    Interval,
+)
+from .calendar import known, session_hours, sessions, special_sessions
 
 # %% ../../nbs/1_market/15_bar_rules.ipynb #a95179d3
 REASONS = {
@@ -50,18 +57,21 @@ CIRCUIT_FRAC = 0.20  # widest daily price band
 PRE_OPEN, AFTER_CLOSE = pd.Timedelta(minutes=15), pd.Timedelta(minutes=30)
 
 # %% ../../nbs/1_market/15_bar_rules.ipynb #2e92957e
+_Rows = Mapping[str, np.ndarray]  # `BAR_COLUMNS`, `ts` in UTC and what else a rule asks, (n_rows,)
+
+
 @dataclass(frozen=True)
 class Rule:
     "Something that holds for every good row."
 
     reason: str  # one of `REASONS`
     column: str  # where a broken row is to be looked at
-    holds: Callable[[pd.DataFrame], pd.Series]  # True for good rows
+    holds: Callable[[_Rows], np.ndarray]  # True for good rows
 
 
 def _finite(column: str) -> Rule:
     "A number stands in `column`."
-    return Rule("not_a_number", column, lambda rows: pd.Series(np.isfinite(rows[column])))
+    return Rule("not_a_number", column, lambda rows: np.isfinite(rows[column]))
 
 
 def _positive(column: str) -> Rule:
@@ -78,7 +88,7 @@ def _within(column: str) -> Rule:
     )
 
 # %% ../../nbs/1_market/15_bar_rules.ipynb #c4f9ed0a
-def _is_flat(rows: pd.DataFrame) -> pd.Series:
+def _is_flat(rows: _Rows) -> np.ndarray:
     "Whether open, high, low and close are one price."
     high = rows["high"]
     return (high == rows["low"]) & (high == rows["open"]) & (high == rows["close"])
@@ -96,7 +106,7 @@ PRICE_RULES = (
 )
 DAY_RULES = (
     Rule("wrong_number_of_fields", "", lambda rows: rows["whole"]),
-    Rule("bad_timestamp", "timestamp", lambda rows: rows["ts"].notna()),
+    Rule("bad_timestamp", "timestamp", lambda rows: ~np.isnat(rows["ts"])),
     Rule("not_a_session", "timestamp", lambda rows: rows["is_session"]),
 )
 HOUR_RULES = (
@@ -126,14 +136,15 @@ def row_schema(
         import pandera.pandas as pandera
 
     def check(place: int, rule: Rule) -> Any:
-        return pandera.Check(
-            lambda rows: bool(rule.holds(rows).all()), name=f"{place} {rule.reason}"
-        )
+        def holds(frame: pd.DataFrame) -> bool:
+            return bool(rule.holds({c: frame[c].to_numpy() for c in frame}).all())
+
+        return pandera.Check(holds, name=f"{place} {rule.reason}")
 
     return pandera.DataFrameSchema(checks=[check(k, r) for k, r in enumerate(rules_of(is_daily))])
 
 # %% ../../nbs/1_market/15_bar_rules.ipynb #33b69d6d
-def _broken(rows: pd.DataFrame, is_daily: bool) -> list[Rule]:
+def _broken(rows: _Rows, is_daily: bool) -> list[Rule]:
     "Rules that some row breaks, in their order."
     if all(rule.holds(rows).all() for rule in rules_of(is_daily)):
         return []
@@ -141,62 +152,68 @@ def _broken(rows: pd.DataFrame, is_daily: bool) -> list[Rule]:
     from pandera.errors import SchemaErrors
 
     try:
-        schema.validate(rows, lazy=True)
+        schema.validate(pd.DataFrame(rows), lazy=True)
     except SchemaErrors as errors:
         names = {broken.check.name for broken in errors.schema_errors}
         return [r for k, r in enumerate(rules_of(is_daily)) if f"{k} {r.reason}" in names]
     return []
 
 # %% ../../nbs/1_market/15_bar_rules.ipynb #6e687f97
-def _faults(rows: pd.DataFrame, is_daily: bool) -> tuple[np.ndarray, np.ndarray]:
+def _faults(rows: _Rows, is_daily: bool) -> tuple[np.ndarray, np.ndarray]:
     "The first reason against each row and the column it was found in; empty text for a good row."
-    reason, column = np.full(len(rows), "", dtype=object), np.full(len(rows), "", dtype=object)
+    reason, column = np.full((2, len(rows["ts"])), "", dtype=object)
     for rule in _broken(rows, is_daily):
-        fresh = ~rule.holds(rows).to_numpy(bool) & (reason == "")
+        fresh = ~rule.holds(rows) & (reason == "")
         reason[fresh], column[fresh] = rule.reason, rule.column
     return reason, column
 
 # %% ../../nbs/1_market/15_bar_rules.ipynb #b6461b0b
-def _session_days(ts: pd.DatetimeIndex) -> tuple[pd.DatetimeIndex, np.ndarray, np.ndarray]:
-    "Days of the stamps, whether each is a session, and which of them each stamp falls on."
-    days, which = np.unique(ts.normalize().asi8, return_inverse=True)  # type: ignore[attr-defined]
-    dated = pd.DatetimeIndex(days.view("M8[us]"), tz="UTC").tz_convert(IST)
-    first, last = (pd.Timestamp(d, tz=IST) for d in known())
-    inside = dated[(dated >= first) & (dated <= last)]
-    opened = sessions(inside[0], inside[-1]) if len(inside) else inside
-    return dated, dated.isin(opened), which
+def _ist(stamps: np.ndarray) -> pd.DatetimeIndex:
+    "Moments in UTC as an index in IST, named ts."
+    return pd.DatetimeIndex(stamps, tz="UTC", name="ts").tz_convert(IST)
+
+
+@cache
+def _market() -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # M8[us] in UTC, (n_sessions,)
+    "00:00 IST, open and close of every known session."
+    days = sessions(*known())
+    special = days.isin(special_sessions().index)
+    own = [session_hours(day) for day in days[special]]
+    hours = []
+    for k, usual in enumerate((SESSION_OPEN, SESSION_CLOSE)):
+        times = (days + pd.Timedelta(str(usual))).to_numpy("M8[us]", copy=True)
+        times[special] = pd.DatetimeIndex([h[k] for h in own]).to_numpy("M8[us]")
+        hours.append(times)
+    return days.to_numpy("M8[us]"), hours[0], hours[1]
 
 # %% ../../nbs/1_market/15_bar_rules.ipynb #02c9bc1b
-def _hours(ts: pd.DatetimeIndex) -> tuple[np.ndarray, pd.DatetimeIndex, pd.DatetimeIndex]:
+def _hours(ts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Whether each stamp falls on a session, and when that opens and closes; NaT where it does not."
-    days, is_open, which = _session_days(ts)
-    hours = [session_hours(d) if o else (pd.NaT,) * 2 for d, o in zip(days, is_open, strict=True)]
-    opens, closes = (pd.DatetimeIndex([h[k] for h in hours], dtype=days.dtype) for k in (0, 1))
-    return is_open[which], opens[which], closes[which]
+    days, opens, closes = _market()
+    place = (days.searchsorted(ts, side="right") - 1).clip(min=0)
+    is_session = (ts >= days[place]) & (ts < days[place] + np.timedelta64(1, "D"))
+    none = np.datetime64("NaT", "us")
+    return is_session, *(np.where(is_session, h[place], none) for h in (opens, closes))
 
 
-def _outside(
-    ts: pd.DatetimeIndex, opens: pd.DatetimeIndex, closes: pd.DatetimeIndex
-) -> dict[str, np.ndarray]:
+def _outside(ts: np.ndarray, opens: np.ndarray, closes: np.ndarray) -> dict[str, np.ndarray]:
     "For each reason whether a stamp lies outside continuous trading in that way."
     before, after = ts < opens, ts >= closes
     early, late = before & (ts >= opens - PRE_OPEN), after & (ts < closes + AFTER_CLOSE)
     rest = (before | after) & ~early & ~late
     return {"pre_open": early, "closing_auction": late, "outside_hours": rest}
 
-# %% ../../nbs/1_market/15_bar_rules.ipynb #5ebeef92
+# %% ../../nbs/1_market/15_bar_rules.ipynb #8e97cdb8
 def _to_grid(
-    ts: pd.DatetimeIndex,  # IST
-    opens: pd.DatetimeIndex,  # of each stamp's session, NaT where there is none
-    step: pd.Timedelta,
-) -> tuple[
-    pd.DatetimeIndex, np.ndarray, int
-]:  # stamps, whether each is on the grid, how many moved
+    ts: np.ndarray,  # M8[us] in UTC
+    opens: np.ndarray,  # of each stamp's session, NaT where there is none
+    step: np.timedelta64,
+) -> tuple[np.ndarray, np.ndarray, int]:  # stamps, whether each is on the grid, how many moved
     "Stamps within 5 s of a bar's start moved to it; the others as they are."
-    behind = ((ts - opens) + step / 2) % step - step / 2
+    behind = (ts - opens + step / 2) % step - step / 2
     near = abs(behind) <= pd.Timedelta(seconds=GRID_TOLERANCE_S)
-    exact = ts.where(~near, ts - behind)
-    return exact, near | opens.isna(), int((near & (behind != pd.Timedelta(0))).sum())
+    moved = near & (behind != np.timedelta64(0))
+    return np.where(near, ts - behind, ts), near | np.isnat(opens), int(moved.sum())
 
 # %% ../../nbs/1_market/15_bar_rules.ipynb #02f2f0a8
 RAW_COLUMNS = ("file", "row", "whole", "timestamp", *BAR_COLUMNS)  # as delivered; `ts` beside them
@@ -217,54 +234,74 @@ class Judged:
 class _Sheet:
     "Rows on their way to a verdict."
 
-    raw: pd.DataFrame  # `RAW_COLUMNS` and `ts`, with a plain index
-    rows: pd.DataFrame  # numbers, times, and what the rules ask
+    rows: dict[str, np.ndarray]  # numbers, times, and what the rules ask
+    delivered: Callable[[np.ndarray], pd.DataFrame]  # `RAW_COLUMNS` of the rows at some places
     notes: list[str] = field(default_factory=list)
 
 # %% ../../nbs/1_market/15_bar_rules.ipynb #0c2a22c7
-def _numbers(raw: pd.DataFrame) -> dict[str, Any]:
-    "Text turned into numbers, NaN where it is none, and what the rules compare with."
-    texts = {c: raw[c].to_numpy(object) for c in BAR_COLUMNS}
-    numbers = {c: pd.to_numeric(t, errors="coerce").astype(float) for c, t in texts.items()}
+def _number(cells: pd.Series) -> np.ndarray:  # float64
+    "Text turned into numbers, NaN where it is none."
+    if isinstance(cells.dtype, np.dtype) and cells.dtype.kind in "iuf":
+        return cells.to_numpy("float64")
+    return pd.to_numeric(cells.to_numpy(object), errors="coerce").astype(float)
+
+
+def _numbers(raw: pd.DataFrame) -> dict[str, np.ndarray]:
+    "The five numbers of each row, and what the rules compare with."
+    numbers = {c: _number(raw[c]) for c in BAR_COLUMNS}
     rim = {"most": numbers["high"] * (1 + NOISE_FRAC), "least": numbers["low"] * (1 - NOISE_FRAC)}
-    return numbers | rim | {"whole": raw["whole"].to_numpy(bool)}
+    return numbers | rim
 
 # %% ../../nbs/1_market/15_bar_rules.ipynb #38568753
-def _sheet(raw: pd.DataFrame, interval: Interval) -> _Sheet:
-    "Numbers, and stamps in their places on the grid."
-    rows, ts, notes = _numbers(raw), pd.DatetimeIndex(raw["ts"]).as_unit("us"), []
+def _placed(
+    sheet: _Sheet,  # with numbers only; completed here
+    ts: pd.DatetimeIndex,  # IST
+    interval: Interval,
+) -> _Sheet:
+    "The sheet with stamps in their places on the grid."
+    rows = sheet.rows
+    rows["ts"] = ts.as_unit("us").to_numpy("M8[us]")
+    rows["is_session"], opens, closes = _hours(rows["ts"])
     if interval == Interval.DAY:
-        _, is_open, which = _session_days(ts)
-        return _Sheet(raw, pd.DataFrame(rows | {"ts": ts, "is_session": is_open[which]}))
-    is_session, opens, closes = _hours(ts)
-    ts, near, moved = _to_grid(ts, opens, pd.Timedelta(minutes=interval.minutes))
-    if moved:
-        notes.append(f"{moved} stamps within 5 s of a bar's start were moved to it")
-    places = {"ts": ts, "is_session": is_session, "is_on_grid": near}
-    return _Sheet(raw, pd.DataFrame(rows | places | _outside(ts, opens, closes)), notes)
+        return sheet
+    step = np.timedelta64(interval.minutes, "m").astype("m8[us]")
+    rows["ts"], rows["is_on_grid"], moved = _to_grid(rows["ts"], opens, step)
+    rows |= _outside(rows["ts"], opens, closes)
+    sheet.notes += [f"{moved} stamps within 5 s of a bar's start were moved to it"] * bool(moved)
+    return sheet
 
-
+# %% ../../nbs/1_market/15_bar_rules.ipynb #77f400b0
 def _listed(sheet: _Sheet, reason: np.ndarray, column: np.ndarray) -> pd.DataFrame:
     "`file` and `REJECT_COLUMNS` of the rows with a reason, with the cell as it was delivered."
     chosen = np.flatnonzero(reason != "")
-    file, row = (sheet.raw[c].to_numpy(object)[chosen] for c in ("file", "row"))
-    about = {"file": file, "row": row.astype("int64"), "ts": sheet.rows["ts"].array[chosen]}
-    about |= {"column": column[chosen], "value": _cells(sheet.raw, chosen, column)}
+    if not len(chosen):
+        return _nothing_listed().copy()
+    raw, column = sheet.delivered(chosen), column[chosen]
+    about = {"file": raw["file"].to_numpy(object), "row": raw["row"].to_numpy("int64")}
+    about |= {"ts": _ist(sheet.rows["ts"][chosen]), "column": column, "value": _cells(raw, column)}
     return pd.DataFrame(about | {"reason": reason[chosen]})
 
-# %% ../../nbs/1_market/15_bar_rules.ipynb #77f400b0
-def _cells(raw: pd.DataFrame, chosen: np.ndarray, column: np.ndarray) -> np.ndarray:
-    "The cell of each chosen row in the column named for it, empty text where none is."
-    cells = np.full(len(chosen), "", dtype=object)
-    for name in set(column[chosen]) - {""}:
-        here = column[chosen] == name
-        cells[here] = raw[name].to_numpy(object)[chosen[here]]
+# %% ../../nbs/1_market/15_bar_rules.ipynb #a092acc6
+def _cells(raw: pd.DataFrame, column: np.ndarray) -> np.ndarray:
+    "The cell of each row in the column named for it, empty text where none is."
+    cells = np.full(len(raw), "", dtype=object)
+    for name in set(column) - {""}:
+        here = column == name
+        cells[here] = raw[name].to_numpy(object)[here]
     return cells
 
-# %% ../../nbs/1_market/15_bar_rules.ipynb #a092acc6
-def _clean(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+
+@cache
+def _nothing_listed() -> pd.DataFrame:
+    "What most answers give: no row; callers must copy it."
+    text, row = np.empty(0, dtype=object), np.empty(0, dtype="int64")
+    about = {"file": text, "row": row, "ts": _ist(row.view("M8[us]")), "column": text}
+    return pd.DataFrame(about | {"value": text, "reason": text})
+
+# %% ../../nbs/1_market/15_bar_rules.ipynb #39871854
+def _clean(rows: _Rows) -> tuple[pd.DataFrame, list[str]]:
     "Bars from good rows, and how many were touched: a rim widened by noise, a share made whole."
-    opened, high, low, close, volume = (rows[c].to_numpy() for c in BAR_COLUMNS)
+    opened, high, low, close, volume = (rows[c] for c in BAR_COLUMNS)
     rim = np.maximum(np.maximum(opened, close), high), np.minimum(np.minimum(opened, close), low)
     shares = volume.round()
     wider = int(((rim[0] != high) | (rim[1] != low)).sum())
@@ -272,8 +309,7 @@ def _clean(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     told = [f"{wider} highs or lows were widened by less than a millionth"] * bool(wider)
     told += [f"{cut} volumes were rounded to whole shares"] * bool(cut)
     values = (opened, *rim, close, shares.astype("int64"))
-    index = pd.DatetimeIndex(rows["ts"], name="ts")
-    return pd.DataFrame(dict(zip(BAR_COLUMNS, values, strict=True)), index=index), told
+    return pd.DataFrame(dict(zip(BAR_COLUMNS, values, strict=True)), _ist(rows["ts"])), told
 
 # %% ../../nbs/1_market/15_bar_rules.ipynb #851e81d2
 def _flags(bars: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -287,20 +323,15 @@ def _flags(bars: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     return reason, column
 
 # %% ../../nbs/1_market/15_bar_rules.ipynb #d8f92329
-def judge_rows(
-    raw: pd.DataFrame,  # `RAW_COLUMNS` as delivered, and `ts`, aware IST, NaT where unreadable
-    interval: Interval,
-) -> Judged:
+def _verdict(sheet: _Sheet, is_daily: bool) -> Judged:
     "Which rows are bars, which are not and why, and which look strange."
-    sheet = _sheet(raw.reset_index(drop=True), Interval(interval))
-    reason, column = _faults(sheet.rows, interval == Interval.DAY)
-    stamps = pd.DatetimeIndex(sheet.rows["ts"]).asi8  # type: ignore[attr-defined]
+    reason, column = _faults(sheet.rows, is_daily)
+    stamps = sheet.rows["ts"]
     good = np.flatnonzero(reason == "")
     first = np.unique(stamps[good], return_index=True)[1]  # sorted by time, the first of each kept
-    again = np.setdiff1d(good, good[first])
+    order, again = good[first], np.delete(good, first)
     reason[again], column[again] = "duplicate_timestamp", "timestamp"
-    order = good[first]
-    bars, touched = _clean(sheet.rows.iloc[order])
+    bars, touched = _clean({c: values[order] for c, values in sheet.rows.items()})
     late = _count_late(stamps[np.sort(order)])
     flags = np.full((2, len(reason)), "", dtype=object)
     flags[:, order] = _flags(bars)
@@ -317,35 +348,52 @@ def _count_late(stamps: np.ndarray) -> int:
 
 def _told(flagged: pd.DataFrame) -> list[str]:
     "A clause for each kind of flag."
+    if flagged.empty:
+        return []
     kinds = {k: flagged.loc[flagged["reason"] == k, "ts"] for k in FLAGS}
     return [f"{len(ts)} flagged {k}, the first at {ts.min()}" for k, ts in kinds.items() if len(ts)]
 
+# %% ../../nbs/1_market/15_bar_rules.ipynb #96b86174
+def judge_rows(
+    raw: pd.DataFrame,  # `RAW_COLUMNS` as delivered, and `ts`, aware IST, NaT where unreadable
+    interval: Interval,
+) -> Judged:
+    "The verdict on rows of text."
+    interval = Interval(interval)
+    rows = _numbers(raw) | {"whole": raw["whole"].to_numpy(bool)}
+    sheet = _Sheet(rows, lambda chosen: raw.iloc[chosen])
+    return _verdict(_placed(sheet, pd.DatetimeIndex(raw["ts"]), interval), interval == Interval.DAY)
+
 # %% ../../nbs/1_market/15_bar_rules.ipynb #bee1e19b
-def rows_frame(
-    frame: pd.DataFrame,  # `ts` (aware, or NaT) and `BAR_COLUMNS`, numbers or text, in any order
-    where: str,  # what to name in `file`, e.g. breeze RELIND 2024
-) -> pd.DataFrame:  # `RAW_COLUMNS` and `ts` in IST; `row` counts from 1
-    "Typed rows in the shape that `judge_rows` takes."
+def _stamps(frame: pd.DataFrame, where: str) -> pd.DatetimeIndex:
+    "Times of typed rows in IST; DataError when a column or the zone is missing."
     lacking = [c for c in ("ts", *BAR_COLUMNS) if c not in frame.columns]
     if lacking:
         held = ", ".join(map(str, frame.columns)) or "no column"
         raise DataError(f"columns {', '.join(lacking)} must be there", held, where)
-    ts = pd.to_datetime(frame["ts"], errors="coerce")
-    if len(frame) and getattr(ts.dtype, "tz", None) is None:
+    if frame.empty:
+        return _ist(np.empty(0, dtype="M8[us]"))
+    ts = pd.DatetimeIndex(pd.to_datetime(frame["ts"], errors="coerce"))
+    if ts.tz is None:
         raise DataError("ts must carry a zone", ts.dtype, where)
-    stamps = ts.dt.tz_convert(IST) if len(frame) else pd.Series(ts, dtype=f"M8[us, {IST.key}]")
-    named = {"file": where, "row": np.arange(1, len(frame) + 1), "whole": True}
-    raw = frame[list(BAR_COLUMNS)].assign(**named, timestamp=frame["ts"].map(str), ts=stamps)
-    return raw[[*RAW_COLUMNS, "ts"]].reset_index(drop=True)
+    return ts.tz_convert(IST)
+
+
+def _delivered(frame: pd.DataFrame, where: str, chosen: np.ndarray) -> pd.DataFrame:
+    "Typed rows at some places in `RAW_COLUMNS`; `row` counts from 1."
+    part = frame.iloc[chosen]
+    told = {"file": where, "row": chosen + 1, "whole": True, "timestamp": part["ts"].map(str)}
+    return part.assign(**told)[list(RAW_COLUMNS)]
 
 # %% ../../nbs/1_market/15_bar_rules.ipynb #04f5d74f
 def judge_frame(
-    frame: pd.DataFrame,  # `ts` (aware) and `BAR_COLUMNS`, in any order
+    frame: pd.DataFrame,  # `ts` (aware, or NaT) and `BAR_COLUMNS`, numbers or text, in any order
     interval: Interval,  # daily rows are moved to 00:00 IST of their session
-    where: str,  # what to name in `file`
+    where: str,  # what to name in `file`, e.g. breeze RELIND 2024
 ) -> Judged:
     "The verdict on rows of a service."
-    raw = rows_frame(frame, where)
-    return judge_rows(
-        raw.assign(ts=raw["ts"].dt.normalize()) if interval == Interval.DAY else raw, interval
-    )
+    ts, is_daily = _stamps(frame, where), interval == Interval.DAY
+    rows = _numbers(frame) | {"whole": np.ones(len(frame), dtype=bool)}
+    sheet = _Sheet(rows, lambda chosen: _delivered(frame, where, chosen))
+    ts = pd.DatetimeIndex(ts.array.normalize()) if is_daily else ts  # an index guesses a freq, too
+    return _verdict(_placed(sheet, ts, Interval(interval)), is_daily)

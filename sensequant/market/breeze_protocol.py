@@ -300,14 +300,12 @@ def window(
 
 def _numbers(rows: list[dict[str, Any]]) -> np.ndarray:  # (n_rows, 5)
     "The five numbers of each row, NaN where there is none."
-    values = [[row.get(c) for c in BAR_COLUMNS] for row in rows]
     try:
-        return np.array(values, dtype="float64").reshape(-1, len(BAR_COLUMNS))
+        flat = np.array([row.get(c) for row in rows for c in BAR_COLUMNS], dtype="float64")
+        return flat.reshape(-1, len(BAR_COLUMNS))
     except (TypeError, ValueError):  # a word, or something deeper, among them
-        columns = (
-            pd.to_numeric(pd.Series(v, dtype=object).map(str), errors="coerce")
-            for v in zip(*values, strict=True)
-        )
+        texts = ([str(row.get(c)) for row in rows] for c in BAR_COLUMNS)
+        columns = (pd.to_numeric(pd.Series(v, dtype=object), errors="coerce") for v in texts)
         return np.column_stack([column.to_numpy("float64") for column in columns])
 
 # %% ../../nbs/1_market/19_breeze_protocol.ipynb #69cf50ea
@@ -321,15 +319,15 @@ def rows_frame(
     "The rows of an answer with types, not yet judged."
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise Malformed.of("something that is no list of rows", isec_code)
-    others = {str(row.get("stock_code") or isec_code).upper() for row in rows} - {isec_code.upper()}
-    if others:
+    codes = {str(row.get("stock_code") or isec_code) for row in rows}
+    if others := {code.upper() for code in codes} - {isec_code.upper()}:
         raise Malformed.of(f"rows of {_say(', '.join(sorted(others)))}", isec_code)
     texts = [str(row.get("datetime")) for row in rows]
     stamps = pd.to_datetime(pd.Index(texts, dtype=object), format="ISO8601", errors="coerce")
     if stamps.tz is None:
         stamps = stamps.tz_localize(IST)
     stamps = stamps.tz_convert(IST).as_unit("us")
-    ts = stamps.normalize() if interval == Interval.DAY else stamps
+    ts = stamps.array.normalize() if interval == Interval.DAY else stamps
     numbers = dict(zip(BAR_COLUMNS, _numbers(rows).T, strict=True))
     return pd.DataFrame({"ts": ts, **numbers})
 
