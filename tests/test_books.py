@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from sensequant.core.errors import DataError
 from sensequant.core.settings import load_settings
@@ -36,6 +37,7 @@ from sensequant.live.sandbox import Sandbox
 from sensequant.live.sandbox_desk import SandboxSpec
 from sensequant.live.sandbox_feeds import StreamSpec
 from sensequant.market.simulator import MarketSpec
+from sensequant.ops.main import app
 
 NOON = datetime(2024, 7, 1, 12, tzinfo=IST)
 DAY = NOON.date()
@@ -222,3 +224,12 @@ def test_nothing_at_or_after_a_close_changes_a_bar(seconds, at):
     told, cut = (join_books(index, book_frame(b), Interval.MINUTE_5) for b in (books, before))
     a, b = (j.iloc[: at + 1][["mid_inr", "imbalance"]] for j in (told, cut))
     pd.testing.assert_frame_equal(a, b)
+
+
+def test_the_command_says_with_its_exit_code_that_books_were_made_up(tmp_path):
+    "A job that asked for Breeze must not see success when nobody was there."
+    words = ["data", "books", "--symbols", "INFY", "--every", "1", "--rounds", "1"]
+    asked = CliRunner().invoke(app, [*words, "--provider", "breeze"])
+    assert asked.exit_code == 3 and "warning: Breeze gives no order books" in asked.output
+    chosen = CliRunner().invoke(app, [*words, "--provider", "simulated"])
+    assert chosen.exit_code == 0 and "warning" not in chosen.output

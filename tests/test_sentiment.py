@@ -462,7 +462,7 @@ def test_the_command_says_what_is_wrong(tmp_path):
         ),
         (
             ["--symbols", "TCS", "--start", "2024-01-01", "--providers", "myspace"],
-            "each provider needs a weight",
+            "a provider must be newsapi, twitter, rss, csv or stub; found myspace",
         ),
     ):
         result = run(*words)

@@ -795,11 +795,12 @@ def make_registry(
     names = [n.strip().lower() for n in settings.sentiment_providers.split(",") if n.strip()]
     weights = _weights(settings.sentiment_weights)
     breaker = (settings.sentiment_breaker_failures, settings.sentiment_breaker_minutes * 60)
+    providers = [make_provider(n, settings) for n in names]
     if unweighted := [n for n in names if n not in weights]:
         raise SettingsError("each provider needs a weight", unweighted[0], "sentiment_weights")
     watched = [
-        Watched(make_provider(n, settings), weights[n], place, breaker)
-        for place, n in enumerate(names)
+        Watched(provider, weights[name], place, breaker)
+        for place, (name, provider) in enumerate(zip(names, providers, strict=True))
     ]
     cache = ScoreCache(settings.sentiment_cache_entries, settings.sentiment_ttl_s)
     return Registry(watched, scorer, cache, average)

@@ -18,7 +18,15 @@ import typer
 from ..core.errors import SenseQuantError, SettingsError
 from ..core.settings import load_settings
 from ..core.types import IST
-from .cli import FAILED, FINISHED, read_assignments, read_symbols, refuse, say
+from sensequant.ops.cli import (
+    FAILED,
+    FINISHED,
+    MISSED,
+    read_assignments,
+    read_symbols,
+    refuse,
+    say,
+)
 
 # %% ../../nbs/9_ops/98_collect_cli.ipynb #d8d7a285
 def read_range(
@@ -100,7 +108,7 @@ def sentiment(
     symbols: Annotated[str | None, _opt("NSE codes, e.g. RELIANCE,TCS")] = None,
     symbols_file: Annotated[Path | None, _opt("one NSE code a line")] = None,
     universe: Annotated[str | None, _opt("nifty100, nifty50 or niftynext50")] = None,
-    start: Annotated[str | None, _opt("first day, YYYY-MM-DD")] = None,
+    start: Annotated[str | None, _opt("first day; required without --incremental")] = None,
     end: Annotated[str | None, _opt("last day, YYYY-MM-DD (default: today)")] = None,
     incremental: Annotated[bool, _opt("go on where each symbol stopped")] = False,
     lookback_days: Annotated[int | None, _opt("days back when nothing is held yet")] = None,
@@ -166,7 +174,7 @@ def _collect(settings: Any, symbols: Sequence[str], rounds: int | None) -> int:
     finally:
         provider.close()
     _books_summary(done)
-    return FINISHED
+    return MISSED if provider.note else FINISHED
 
 
 def books(
@@ -180,7 +188,7 @@ def books(
         list[str] | None, _opt("any other setting, NAME=VALUE, repeatable", "--set")
     ] = None,
 ) -> None:
-    "Collect five levels of bids and offers until Ctrl-C; simulated ones say so, each of them."
+    "Collect five levels of bids and offers until Ctrl-C; exit 3 when they had to be simulated."
     try:
         names = read_symbols(symbols, symbols_file, universe)
         if not names:
