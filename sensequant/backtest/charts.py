@@ -43,7 +43,7 @@ def _grown(
     names = NAMES | {"benchmark_return": benchmark_name}
     return (1 + daily[columns].astype(float)).cumprod().rename(columns=names)
 
-
+# %% ../../nbs/6_backtest/67_charts.ipynb #27d86704
 def equity_curve(
     daily: pd.DataFrame,  # of `backtester.long_flat`; another benchmark_return may be assigned
     benchmark_name: str = "equal-weight universe",

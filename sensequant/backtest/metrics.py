@@ -256,7 +256,7 @@ class RankIC:
     p: float  # two-sided
     n_dates: int
 
-
+# %% ../../nbs/6_backtest/60_metrics.ipynb #b4e420c7
 def rank_ic(
     predictions: pd.DataFrame,  # columns symbol, ts, score, forward_return
     horizon: int = 1,  # sessions that forward_return spans, >= 1

@@ -154,7 +154,7 @@ ALPHA_KEYS = (
     "gross_daily",  # alpha of the same trades free of cost
 )
 
-
+# %% ../../nbs/6_backtest/64_stat_tests.ipynb #e945e412
 def _alpha(
     daily: pd.DataFrame,  # columns net_return and gross_return, by session
     market: pd.Series,  # benchmark on some or all of these sessions

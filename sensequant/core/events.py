@@ -190,7 +190,7 @@ def _new_bytes(
     except FileNotFoundError:
         return b""
 
-
+# %% ../../nbs/0_core/03_events.ipynb #763e420d
 def _understood(line: bytes, make: Callable[[dict[str, Any]], T]) -> T | None:
     "What `make` reads in a line, None where the line is damaged."
     try:
@@ -309,7 +309,7 @@ class EventLog:
         append_lines(self.path, event)
         return event
 
-
+# %% ../../nbs/0_core/03_events.ipynb #4f7776d8
 def read_events(
     path: Path,  # events.jsonl of a run
 ) -> tuple[list[Event], int]:  # events in the order written; damaged lines read past

@@ -155,7 +155,7 @@ class FetchSettings(BaseModel):
         0.95, 0, 1, "fraction", "sessions held of those expected that `data coverage` demands"
     )
 
-
+# %% ../../nbs/0_core/02_settings.ipynb #2fe10dd4
 class SentimentSettings(BaseModel):
     "Headlines and posts, who gives them and how much each counts."
 
@@ -187,7 +187,7 @@ class SentimentSettings(BaseModel):
     rss_urls: str = _word("", "addresses of RSS feeds with blanks between; {query} is filled in")
     headlines_csv: Path | None = _word(None, "CSV of headlines: symbol, timestamp, headline")
 
-
+# %% ../../nbs/0_core/02_settings.ipynb #ea932187
 class BookSettings(BaseModel):
     "Order books: five levels of bids and offers."
 
@@ -196,7 +196,7 @@ class BookSettings(BaseModel):
     )
     book_every_s: float = _number(60.0, 1, 3600, "s", "from one snapshot to the next")
 
-
+# %% ../../nbs/0_core/02_settings.ipynb #7d169216
 class BrokerSettings(BaseModel):
     "ICICI Breeze; a run on files or on the simulator needs none of them."
 

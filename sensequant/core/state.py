@@ -234,7 +234,7 @@ def _now() -> str:
     "This moment as ISO text, IST."
     return datetime.now(IST).isoformat()
 
-
+# %% ../../nbs/0_core/04_state.ipynb #75c8b91f
 def _require_status(status: str) -> None:
     "Refuse a word that is no status."
     if status not in STATUSES:
@@ -279,7 +279,7 @@ def is_held(
         return False
     return abs(started - run.process_started) < 1.5  # s; boot time is known to the second
 
-
+# %% ../../nbs/0_core/04_state.ipynb #0c04f406
 def _find_run(connection: sqlite3.Connection, run_id: str) -> RunRecord:
     "One run; DataError when it is not known."
     row = connection.execute("SELECT * FROM runs WHERE run_id = ?", (run_id,)).fetchone()
@@ -497,7 +497,7 @@ class CandidateRecord:
     manifest_sha256: str  # stands for all evidence
     created_at: datetime
 
-
+# %% ../../nbs/0_core/04_state.ipynb #4e2905ac
 @dataclass(frozen=True)
 class ApprovalRecord:
     "A person's word for a candidate."

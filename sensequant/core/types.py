@@ -103,7 +103,7 @@ class Bar:
     close: float
     volume: int  # shares
 
-
+# %% ../../nbs/0_core/01_types.ipynb #3fa67e4e
 class Direction(StrEnum):
     "What to do about a symbol; also the three classes of a label."
 
@@ -148,7 +148,7 @@ class Order:
         if self.quantity <= 0:
             raise DataError("quantity must be above 0 shares", self.quantity, self.symbol)
 
-
+# %% ../../nbs/0_core/01_types.ipynb #89af4c72
 @dataclass(frozen=True)
 class Fill:
     "What the market gave for an order, or for a part of it."
@@ -197,7 +197,7 @@ class Fetched:
     notes: tuple[str, ...] = ()  # what was noticed and cost no row, a clause each
     requests: int = 0  # calls of a service that counts them
 
-
+# %% ../../nbs/0_core/01_types.ipynb #e8c8da4d
 @runtime_checkable
 class Feed(Protocol):
     "A source of bars."

@@ -16,22 +16,26 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+
+# %% ../../nbs/2_data/20_bars.ipynb #f4119995
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
-
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-
 from ..core.artifacts import write_atomic, write_together
+
+# %% ../../nbs/2_data/20_bars.ipynb #0479db4e
 from ..core.errors import DataError
 from ..core.events import json_bytes, make_folder, write_refusal
 from ..core.types import BAR_COLUMNS, IST, REJECT_COLUMNS, SESSION_OPEN, Interval
 from ..market.actions import actions_for
 from ..market.actions import adjust as adjust_bars
+
+# %% ../../nbs/2_data/20_bars.ipynb #4fdf7155
 from sensequant.market.ranges import (
     ONE_DAY,
     Days,
@@ -366,7 +370,7 @@ def _merge(old: pd.DataFrame, new: pd.DataFrame, first: date, last: date) -> pd.
     kept = [between(old, end=first - ONE_DAY), new, between(old, start=last + ONE_DAY)]
     return pd.concat([part for part in kept if len(part)] or [new])
 
-
+# %% ../../nbs/2_data/20_bars.ipynb #f2d655db
 def _counted(bars: pd.DataFrame, ranges: tuple[HeldRange, ...]) -> list[HeldRange]:
     "`ranges` with the number of bars that each holds."
     firsts = pd.DatetimeIndex([r.first for r in ranges]).tz_localize(IST)

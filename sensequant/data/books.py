@@ -65,7 +65,7 @@ def _side_fault(
         return "quantity_not_positive"
     return "" if (sign * np.diff(prices) > 0).all() else "levels_out_of_order"
 
-
+# %% ../../nbs/2_data/26_books.ipynb #7ee8c0c9
 def book_fault(
     book: Book,
     last: datetime | None = None,  # time of the symbol's last good book
@@ -127,7 +127,7 @@ def _slope(prices: np.ndarray, shares: np.ndarray, mid: np.ndarray) -> np.ndarra
     with np.errstate(invalid="ignore", divide="ignore"):
         return (away * deep).sum(axis=1) / (away**2).sum(axis=1)
 
-
+# %% ../../nbs/2_data/26_books.ipynb #f5737d25
 def book_features(
     books: pd.DataFrame,  # `BOOK_COLUMNS` by `ts`
 ) -> pd.DataFrame:  # `BOOK_FEATURES` by the same index: INR, bps, [-1, 1], bps, shares a bp
@@ -205,7 +205,7 @@ def _add(store: BookStore, path: Path, books: Sequence[Book]) -> list[str]:
         write_atomic(path, parquet_bytes(frame.reset_index()))
     return faults
 
-
+# %% ../../nbs/2_data/26_books.ipynb #0ec687d0
 def _append(store: BookStore, books: Sequence[Book]) -> list[str]:
     "Add books of one symbol and session under the lock of their file."
     places = {(b.symbol, b.ts.astimezone(IST).date()) for b in books}
@@ -245,7 +245,7 @@ def join_books(
     kept = found.set_index(index.rename("ts"))[[*BOOK_FEATURES, "source"]]
     return kept.where(pd.Series(inside, index=kept.index), np.nan)
 
-
+# %% ../../nbs/2_data/26_books.ipynb #5b57f0c4
 def book_share(
     joined: pd.DataFrame,  # from `join_books`
 ) -> float:  # in [0, 1]; 0 for no bar
@@ -266,7 +266,7 @@ class BookProvider(Protocol):
     def close(self) -> None:
         "Let go of connections."
 
-
+# %% ../../nbs/2_data/26_books.ipynb #198cb445
 class SimulatedBooks:
     "Books that no market ever held, around prices that are given; each says so."
 
@@ -334,7 +334,7 @@ class BreezeBooks:
         "End the connection."
         self.stream.close()
 
-
+# %% ../../nbs/2_data/26_books.ipynb #4b805ab1
 def _tokens(master: pd.DataFrame, symbols: Sequence[str]) -> dict[str, str]:
     "NSE code by token of its depth, e.g. 4.2!2885; a DataError naming codes that have none."
     held = master[master["series"] == "EQ"].set_index("nse_code")["token"]
@@ -390,7 +390,7 @@ class Collected:
             else:
                 self.kept += 1
 
-
+# %% ../../nbs/2_data/26_books.ipynb #5388cff9
 def collect_books(
     provider: BookProvider,
     store: BookStore,

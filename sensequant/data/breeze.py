@@ -17,6 +17,8 @@ import importlib.util
 import io
 import json
 import logging
+
+# %% ../../nbs/2_data/22_breeze.ipynb #f3d2f30d
 import os
 import queue
 import socket
@@ -26,6 +28,8 @@ import time
 import urllib.request
 import zipfile
 from collections import Counter
+
+# %% ../../nbs/2_data/22_breeze.ipynb #9f07beee
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -35,17 +39,19 @@ from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
 from pathlib import Path
 from types import CodeType, ModuleType, SimpleNamespace
-from typing import Any, Protocol, Self, TypeVar
 
+# %% ../../nbs/2_data/22_breeze.ipynb #1267f374
+from typing import Any, Protocol, Self, TypeVar
 import numpy as np
 import pandas as pd
 from pydantic import SecretStr
-
 from ..core.errors import BrokerError, DataError, SettingsError
 from ..core.events import make_folder
 from ..core.settings import Settings, load_settings
 from ..core.types import IST, Fetched, Interval
 from ..market.bar_rules import judge_frame
+
+# %% ../../nbs/2_data/22_breeze.ipynb #78bfd12e
 from sensequant.market.breeze_protocol import (
     MOST_ROWS,
     REAL,
@@ -70,6 +76,8 @@ from sensequant.market.breeze_protocol import (
     rows_frame,
     window,
 )
+
+# %% ../../nbs/2_data/22_breeze.ipynb #dd0c8e22
 from ..market.calendar import read_facts
 
 # %% ../../nbs/2_data/22_breeze.ipynb #5e9400ab
@@ -96,6 +104,8 @@ class _SystemClock:
 
 
 SYSTEM_CLOCK = _SystemClock()
+
+# %% ../../nbs/2_data/22_breeze.ipynb #4a915ae9
 MINUTE_S, HELD_S = 60.0, 180.0  # a window; the longest a request may be on its way
 
 
@@ -304,7 +314,7 @@ def _cause(error: Exception, wait: float) -> str:
         return "half an answer"
     return "no connection" if isinstance(error, known.ConnectionError) else type(error).__name__
 
-
+# %% ../../nbs/2_data/22_breeze.ipynb #90788c86
 def _session_of_http() -> Any:  # requests.Session
     "A session that keeps its connections, over IPv4: a static IP is declared to the broker."
     from requests import Session
@@ -440,7 +450,7 @@ def _quiet_logger(name: str = "") -> logging.Logger:
     logger.propagate = False
     return logger
 
-
+# %% ../../nbs/2_data/22_breeze.ipynb #48fb1e6e
 def _socket_client() -> type:
     "A Socket.IO client that handles messages in order, leaves Ctrl-C alone and says nothing."
     import engineio
@@ -541,7 +551,7 @@ class Credentials:
 
 _PARTS = ("api_key", "api_secret", "session_token")
 
-
+# %% ../../nbs/2_data/22_breeze.ipynb #96490ec6
 def credentials_from(settings: Settings) -> Credentials:
     "The credentials in the settings; SettingsError names the first that is missing."
     held = {name: getattr(settings, f"breeze_{name}") for name in _PARTS}
@@ -565,7 +575,7 @@ def _check_limits(endpoints: Endpoints, allowance: Allowance) -> None:
             setting = f"breeze_{name}" if name.startswith("orders") else f"breeze_calls_{name}"
             raise SettingsError(f"{setting} must be at most {most:,} for the real Breeze", found)
 
-
+# %% ../../nbs/2_data/22_breeze.ipynb #63f944f9
 def _retrying(policy: RetryPolicy, allowance: Allowance) -> Any:
     "A loop over tries; after a throttling nobody asks until the next one."
     import tenacity as t

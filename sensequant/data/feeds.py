@@ -38,7 +38,7 @@ def _folder_name(folder: Path) -> str:
     word = re.sub(r"[^A-Za-z0-9_.\-]+", "-", folder.resolve().name) or "root"
     return f"csv-{word}-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:6]}"
 
-
+# %% ../../nbs/2_data/23_feeds.ipynb #51aac6a8
 class CsvFeed:
     "Bars from the CSV files of one vendor's folder; keeps the promise of `Feed`."
 
@@ -84,7 +84,7 @@ def _market(spec: MarketSpec) -> Market:
     "The market of `spec`, made once in each process."
     return simulate(spec)
 
-
+# %% ../../nbs/2_data/23_feeds.ipynb #f3f3fd55
 class SimulatedFeed:
     "Bars that no market ever traded; keeps the promise of `Feed`."
 
@@ -165,7 +165,7 @@ class CodeChanges:
     isin_changed: tuple[tuple[str, str, str], ...]  # NSE code, ISIN before, now
     renamed: tuple[tuple[str, str], ...]  # NSE code before, now; the same ISIN
 
-
+# %% ../../nbs/2_data/23_feeds.ipynb #888f5bf2
 def compare_codes(
     before: Codes,
     now: Codes,  # as `codes_of_master` made them
@@ -212,7 +212,7 @@ def _listed(day: str, path: Path) -> date:
         fix = "Move it aside and run `sensequant data discover`"
         raise DataError("a listing date must be YYYY-MM-DD", day, path, fix) from error
 
-
+# %% ../../nbs/2_data/23_feeds.ipynb #41945d96
 def read_codes(
     path: Path,  # which need not exist
     source: str,  # name of the feed
@@ -227,7 +227,7 @@ def read_codes(
         found[code] = Symbol(code, row["isec_code"], row["company"], isin, listed)
     return found
 
-
+# %% ../../nbs/2_data/23_feeds.ipynb #8d77215a
 def write_codes(path: Path, source: str, codes: Codes) -> None:
     "Replace the codes learnt from `source`; those of others stay."
     others = _code_rows(path).query("source != @source")
@@ -387,7 +387,7 @@ def breeze_feed(
 
     return BreezeFeed(client_from(settings), settings.home / "data" / "state" / "breeze_codes.csv")
 
-
+# %% ../../nbs/2_data/23_feeds.ipynb #99accf62
 def make_feed(
     source: str,  # csv, breeze, hybrid or simulated
     folder: Path | str | None = None,  # csv: where the files are

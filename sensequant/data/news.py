@@ -56,7 +56,7 @@ class Unreachable(NewsError):
 
     temporary = True
 
-
+# %% ../../nbs/2_data/27_news.ipynb #7ed7a594
 class ProviderDown(NewsError):
     "The provider has a fault of its own."
 
@@ -100,7 +100,7 @@ def _answer(
     first, last = days if days[0] <= days[1] else (None, None)
     return Answer(tuple(items), first, last, tuple(notes), tuple(e for e in evidence if e))
 
-
+# %% ../../nbs/2_data/27_news.ipynb #19ac2f40
 @runtime_checkable
 class NewsProvider(Protocol):
     "Somebody who has headlines or posts."
@@ -132,7 +132,7 @@ class Allowed:
     window_s: float  # s
     burst: int = 10  # requests at once, >= 1; refilled one a second
 
-
+# %% ../../nbs/2_data/27_news.ipynb #d4508a13
 class Quota:
     "Counts requests over processes and restarts."
 
@@ -152,7 +152,7 @@ class Quota:
         self._smooth = Limiter(StateBucket([smooth], algorithm=TokenBucket()))
         self._until: datetime | None = None
 
-# %% ../../nbs/2_data/27_news.ipynb #d4508a13
+# %% ../../nbs/2_data/27_news.ipynb #d14c378f
 def _bucket(
     rate: Any,  # pyrate_limiter.Rate
     name: str,
@@ -178,7 +178,7 @@ def _alone(file: Path | None) -> AbstractContextManager:
     "One process or thread at a time, where there is a file to share."
     return nullcontext() if file is None else _Lock(file.with_name(file.name + ".lock"))
 
-
+# %% ../../nbs/2_data/27_news.ipynb #72e0bb14
 class _Lock:
     "Waits for whoever holds the file; given back when the process dies."
 
@@ -194,7 +194,7 @@ class _Lock:
     def __exit__(self, *_: object) -> None:
         self._held.close()
 
-# %% ../../nbs/2_data/27_news.ipynb #d14c378f
+# %% ../../nbs/2_data/27_news.ipynb #2250a7f6
 def take(quota: Quota) -> None:
     "Use up one request, or refuse when the window has none left."
     from pyrate_limiter import RateItem
@@ -217,7 +217,7 @@ def _none_left(quota: Quota, until: datetime) -> QuotaSpent:
     fix = f"The next is free at {until:%Y-%m-%d %H:%M:%S} IST"
     return QuotaSpent(f"a request must be left of {allowed}", "none", quota.name, fix, until=until)
 
-
+# %% ../../nbs/2_data/27_news.ipynb #61719ecd
 def stop_until(
     quota: Quota,
     until: datetime | None,  # aware; None where the provider did not say
@@ -252,7 +252,7 @@ class Reply:
     headers: dict[str, str]  # names in lower case
     body: bytes
 
-
+# %% ../../nbs/2_data/27_news.ipynb #ac75095f
 class Caller:
     "Asks one provider: counted, timed, tried again, written down."
 
@@ -274,7 +274,7 @@ class Caller:
     def __repr__(self) -> str:
         return f"Caller({self.name!r})"
 
-# %% ../../nbs/2_data/27_news.ipynb #ac75095f
+# %% ../../nbs/2_data/27_news.ipynb #0d0958eb
 def _plain(secrets: Sequence[str], text: str) -> str:
     "`text` with every secret struck out."
     for secret in secrets:
@@ -298,7 +298,7 @@ def _no_address(caller: Caller, url: str) -> SettingsError:
     must = "an address must begin with http:// or https://, then a host"
     return SettingsError(must, url.split("?")[0].split("@")[-1], caller.name)
 
-
+# %% ../../nbs/2_data/27_news.ipynb #83162bbb
 def _open(caller: Caller) -> Any:
     "The connection pool of a caller, opened at its first request."
     import httpx
@@ -370,7 +370,7 @@ def _free_at(headers: dict[str, str]) -> datetime | None:
         return None
     return None
 
-
+# %% ../../nbs/2_data/27_news.ipynb #040ffdb2
 def refusal(
     reply: Reply,
     where: str,
@@ -393,7 +393,7 @@ def refusal(
 # %% ../../nbs/2_data/27_news.ipynb #8180014a
 Judge = Callable[[Reply, str], Any]  # what a reply holds; raises NewsError where it is refused
 
-
+# %% ../../nbs/2_data/27_news.ipynb #d1b2d59f
 def ask(
     caller: Caller,
     url: str,
@@ -468,7 +468,7 @@ def _stamp(text: Any, where: str) -> datetime:
     except (ValueError, OverflowError):
         raise BadReply("an item must have a time", repr(text), where) from None
 
-
+# %% ../../nbs/2_data/27_news.ipynb #9025e601
 def _json(reply: Reply, where: str) -> dict[str, Any]:
     "The object a JSON body holds."
     kind = reply.headers.get("content-type", "no type")
@@ -483,7 +483,7 @@ def _json(reply: Reply, where: str) -> dict[str, Any]:
         raise BadReply("an answer must be a JSON object", type(body).__name__, where)
     return body
 
-# %% ../../nbs/2_data/27_news.ipynb #9025e601
+# %% ../../nbs/2_data/27_news.ipynb #2a8cce6e
 @dataclass
 class _Gathered:
     "What comes together over the requests of one answer."
@@ -506,7 +506,7 @@ def _in_halves(read: ReadRange, start: date, end: date, got: _Gathered) -> None:
         _in_halves(read, middle + timedelta(days=1), end, got)
         _in_halves(read, start, middle, got)
 
-
+# %% ../../nbs/2_data/27_news.ipynb #ff1cc764
 def _clip(start: date, end: date, reach_days: int | None) -> tuple[date, date] | None:
     "The part of a range that a provider reaches; None where it is nothing."
     today = datetime.now(IST).date()
@@ -524,7 +524,7 @@ _NEWSAPI = {
     "parameterInvalid": BadReply,
 }
 
-
+# %% ../../nbs/2_data/27_news.ipynb #e3e94f85
 def _judge_newsapi(reply: Reply, where: str) -> dict[str, Any] | None:
     "The body; None when it has more articles than the plan gives."
     body = _json(reply, where)
@@ -572,7 +572,7 @@ def _articles(body: dict[str, Any], where: str) -> list[Item]:
 # %% ../../nbs/2_data/27_news.ipynb #904b44bf
 _PAGE = 100  # articles or posts on a page, the most either service gives
 
-
+# %% ../../nbs/2_data/27_news.ipynb #e3d473e0
 def _read_articles(
     news: "NewsApi",
     who: Company,
@@ -662,7 +662,7 @@ def _post(row: dict[str, Any], where: str) -> Item | None:
     weight = engagement(row.get("public_metrics") or {})
     return Item(text, _stamp(row.get("created_at"), where), weight, str(row.get("id", "")))
 
-
+# %% ../../nbs/2_data/27_news.ipynb #35e13071
 def _posts(body: dict[str, Any], where: str) -> list[Item]:
     "The posts of a page without reposts."
     try:
@@ -808,8 +808,6 @@ _ALIASES = {
     "time": "timestamp",
     "title": "headline",
 }
-
-
 _FULL_DAY = r"\s*\d{4}-?\d\d-?\d\d"  # a month alone is no moment
 _MIDNIGHT = r"(?:[T ]00(?::?00(?::?00(?:\.0+)?)?)?)?\s*(?:Z|[+-]\d\d:?\d\d)?\s*"  # or no time
 
@@ -824,7 +822,7 @@ def _moments(texts: pd.Series) -> pd.Series:
     late = found + pd.Timedelta(days=1) - pd.Timedelta(seconds=1)
     return late.where(texts.str.fullmatch(_FULL_DAY + _MIDNIGHT), found)
 
-
+# %% ../../nbs/2_data/27_news.ipynb #cb137d19
 def read_headlines(
     file: Path,  # CSV of symbol, timestamp (ISO 8601; without a zone: IST), headline
 ) -> tuple[pd.DataFrame, int]:  # symbol, ts, headline, repeat by time; unreadable rows

@@ -143,7 +143,7 @@ def pin_inputs(
     "Write down what the run reads."
     run.artifacts.write_json("inputs.json", inputs)
 
-
+# %% ../../nbs/2_data/29_runs.ipynb #d943e465
 def read_inputs(
     run: Run,
 ) -> Inputs:
@@ -266,7 +266,7 @@ def ingest_benchmark(
         if found.status != "success":
             raise DataError("the feed must have the benchmark", found.reason, name)
 
-
+# %% ../../nbs/2_data/29_runs.ipynb #a6b2e87b
 def _benchmark_bars(
     benchmark: Path | str, ingested: IngestResult, store: BarStore
 ) -> tuple[str, pd.DataFrame]:
@@ -279,7 +279,7 @@ def _benchmark_bars(
         raise DataError(refusal, None, benchmark)
     return Path(benchmark).name.split(".")[0], read.bars
 
-# %% ../../nbs/2_data/29_runs.ipynb #a6b2e87b
+# %% ../../nbs/2_data/29_runs.ipynb #d215cb75
 def pin_benchmark(
     run: Run,
     benchmark: Path | str,  # CSV of daily index bars, or an index that is in the store
@@ -294,7 +294,7 @@ def pin_benchmark(
     run.artifacts.write_parquet("benchmark.parquet", bars)
     return name
 
-
+# %% ../../nbs/2_data/29_runs.ipynb #4f22036e
 def benchmark_returns(
     run: Run,
 ) -> (
@@ -329,7 +329,7 @@ def _sentiment(run: Run, inputs: Inputs, settings: Settings) -> dict[str, Any]:
     own = settings.model_copy(update={"home": run.home})
     return fetch_sentiment(own, inputs.symbols, inputs.start, inputs.end).describe()
 
-
+# %% ../../nbs/2_data/29_runs.ipynb #5935450d
 def pin_sources(
     run: Run,
     inputs: Inputs,

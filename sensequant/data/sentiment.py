@@ -19,14 +19,16 @@ from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+# %% ../../nbs/2_data/28_sentiment.ipynb #94624416
 import numpy as np
 import pandas as pd
-
 from ..core.artifacts import write_together
 from ..core.errors import DataError, SettingsError
 from ..core.events import json_bytes, make_folder
 from ..core.settings import Settings
 from ..core.types import IST, Interval
+
+# %% ../../nbs/2_data/28_sentiment.ipynb #c4c49523
 from sensequant.data.news import (
     Allowed,
     Answer,
@@ -48,6 +50,8 @@ from sensequant.data.news import (
     left,
 )
 from ..market.calendar import session_hours
+
+# %% ../../nbs/2_data/28_sentiment.ipynb #452390cd
 from sensequant.market.headlines import (
     FinanceScorer,
     HeadlineScorer,
@@ -322,7 +326,7 @@ class Snapshot:
     final: bool  # nothing more will come
     metadata: dict[str, Any] = field(default_factory=dict)
 
-
+# %% ../../nbs/2_data/28_sentiment.ipynb #6b45ba94
 def _snapshot(record: dict[str, Any]) -> Snapshot:
     "One line of a file."
     found = Snapshot(**record)
@@ -380,7 +384,7 @@ def _only_writer(folder: Path) -> Any:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
-
+# %% ../../nbs/2_data/28_sentiment.ipynb #ff1a7767
 def write_snapshots(
     store: SnapshotStore,
     snapshots: Sequence[Snapshot],  # of one symbol
@@ -416,7 +420,7 @@ class Heard:
         answer = self.answers.get(name)
         return bool(answer and answer.first and answer.last and answer.first <= day <= answer.last)
 
-
+# %% ../../nbs/2_data/28_sentiment.ipynb #ae737230
 def listen(registry: Registry, symbol: str, start: date, end: date) -> Heard:
     "Ask every provider about a range; failures are kept beside the answers."
     answers: dict[str, Answer] = {}
@@ -738,7 +742,7 @@ def _key(settings: Settings, field_name: str, provider: str) -> str:
 
 _FEEDS = Allowed(60, 60.0)  # requests of feeds; they name no limit
 
-
+# %% ../../nbs/2_data/28_sentiment.ipynb #8950fd6e
 def _caller(
     settings: Settings,
     name: str,

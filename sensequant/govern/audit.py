@@ -137,11 +137,9 @@ RISK_TEXT = {
     "survivorship": "The universe is today's list; companies that failed or left are absent.",
     "costs": "Costs are a flat rate a side, not the itemised charges of each trade.",
 }
-
-
 RISK_COLUMNS = ("severity", "risk", "evidence", "meaning")
 
-
+# %% ../../nbs/7_govern/72_audit.ipynb #50d474f3
 def risk_register(
     run: Run,
     checks: list[Check],
@@ -194,7 +192,7 @@ def audit_run(run: Run) -> dict[str, Any]:  # whole, checks, risks; also written
     run.artifacts.write_text("audit/summary.md", summary_text(checks, risks))
     return run.artifacts.read_json("audit/checks.json") | {"metrics": metrics}
 
-
+# %% ../../nbs/7_govern/72_audit.ipynb #2ddba1f8
 def check_table(
     checks: list[dict[str, Any]],  # name, must, found, passed
 ) -> pd.DataFrame:  # one row a check

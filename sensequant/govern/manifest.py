@@ -41,7 +41,7 @@ def code_version(
     dirty = None if changed is None else bool(changed)
     return {"package": sensequant.__version__, "commit": git("rev-parse", "HEAD"), "dirty": dirty}
 
-
+# %% ../../nbs/7_govern/70_manifest.ipynb #79ffb209
 def environment() -> dict[str, Any]:
     "Python, platform and the version of each package a run depends on."
     needed = importlib.metadata.requires("sensequant") or []

@@ -197,7 +197,7 @@ def write_page(
     write_atomic(path, data)
     return path
 
-
+# %% ../../nbs/7_govern/77_pages.ipynb #e38b263c
 def render_notebook(
     source: Path,  # executed notebook
     target: Path,  # page to write

@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any
-
 import numpy as np
+
+# %% ../../nbs/5_learn/53_batch.ipynb #2ed2c0df
 import pandas as pd
 from threadpoolctl import threadpool_limits
-
 from ..core.artifacts import parquet_bytes
 from ..core.errors import DataError, GateError
 from ..core.events import json_bytes
@@ -29,6 +29,8 @@ from ..core.fanout import Outcome, fan_out
 from ..core.types import IST, Interval
 from ..data.runs import Inputs, Run, pinned_bars, read_inputs
 from ..features.features import FEATURES, features
+
+# %% ../../nbs/5_learn/53_batch.ipynb #5a1a4464
 from ..features.indicators import indicators
 from ..features.labels import CLASSES, forward_labels
 from sensequant.features.windows import (
@@ -109,7 +111,7 @@ def _digestible(spec: object) -> str:
     "Settings as one line of JSON."
     return json.dumps(asdict(spec), sort_keys=True)  # type: ignore[call-overload]
 
-
+# %% ../../nbs/5_learn/53_batch.ipynb #19cb9342
 def teacher_files(
     run: Run,
     window: Window,
@@ -215,7 +217,7 @@ def _make(run: Run, job: Job) -> WindowRecord:
 
 ENDINGS = {"success": "success", "skipped": "skip", "failed": "fail"}  # status to event ending
 
-
+# %% ../../nbs/5_learn/53_batch.ipynb #35a5b5ef
 def tell(
     run: Run,
     record: WindowRecord,
@@ -334,7 +336,7 @@ def _collect(
     _write_runs(run, kind, records)
     return records
 
-
+# %% ../../nbs/5_learn/53_batch.ipynb #4f7e59f3
 def warn_restart(
     run: Run,
     phase: str,  # phase notebook
@@ -347,7 +349,7 @@ def warn_restart(
 
     return tell_death
 
-
+# %% ../../nbs/5_learn/53_batch.ipynb #998a4bd8
 def train_teachers(
     run: Run,
     window: WindowSpec,
@@ -362,7 +364,7 @@ def train_teachers(
     outcomes = fan_out(task, inputs.symbols, workers, on_restart=died)
     return _collect(run, "teacher", outcomes, lambda symbol: cut_windows(symbol, *spans))
 
-# %% ../../nbs/5_learn/53_batch.ipynb #4f7e59f3
+# %% ../../nbs/5_learn/53_batch.ipynb #60dad8c3
 def _windows(teachers: tuple[WindowRecord, ...]) -> list[Window]:
     "The windows of some outcomes."
     day = datetime.fromisoformat
@@ -386,7 +388,7 @@ def train_students(
     run.events.emit("student_batch_end", phase="3_student", status="success", metrics=counts)
     return records
 
-
+# %% ../../nbs/5_learn/53_batch.ipynb #8216a991
 def count_outcomes(
     records: list[WindowRecord],
 ) -> dict[str, int]:  # success, skipped, failed and total

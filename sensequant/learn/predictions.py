@@ -89,7 +89,7 @@ def _refuse_leaks(predictions: pd.DataFrame, records: list[WindowRecord]) -> Non
             "a bar may have one prediction", twice.iloc[0]["ts"], twice.iloc[0]["symbol"]
         )
 
-
+# %% ../../nbs/5_learn/54_predictions.ipynb #49c4ab11
 def chain_predictions(
     run: Run,
     spec: WindowSpec,  # as the teachers had it

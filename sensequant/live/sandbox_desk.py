@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta
 from typing import Any, NamedTuple
-
 import numpy as np
 
+# %% ../../nbs/8_live/86_sandbox_desk.ipynb #6a033249
 from ..core.errors import SettingsError
 from ..core.types import IST, Interval
 from sensequant.live.sandbox_faults import (
@@ -37,6 +37,8 @@ from sensequant.live.sandbox_faults import (
     short_envelope,
 )
 from .sandbox_feeds import Replay, StreamSpec
+
+# %% ../../nbs/8_live/86_sandbox_desk.ipynb #f2b8c8b6
 from sensequant.live.sandbox_market import (
     Library,
     Listing,
@@ -146,7 +148,7 @@ class Call(NamedTuple):
     query: Mapping[str, str]
     body: bytes = b""
 
-
+# %% ../../nbs/8_live/86_sandbox_desk.ipynb #803b24ae
 class Desk:
     "The state of one sandbox: who is logged in, what was asked, what goes wrong."
 
@@ -232,7 +234,7 @@ def check_signed(desk: Desk, call: Call) -> Reply | None:
     wanted = signature(told.get("X-Timestamp", ""), call.body, desk.keys.api_secret)
     return None if told.get("X-Checksum") == wanted else Reply(short_envelope(BAD_CHECKSUM))
 
-
+# %% ../../nbs/8_live/86_sandbox_desk.ipynb #802391f2
 def check_unsigned(desk: Desk, call: Call) -> Reply | None:
     "Refuse a call of version 2 whose key or session is wrong."
     if call.headers.get("apikey") != desk.keys.api_key:
@@ -278,7 +280,7 @@ def _visible(desk: Desk, window: Window) -> Window:
     first = desk.spec.intraday_from
     return window._replace(low=max(low, _seconds(str(first))) if first else low, high=high)
 
-
+# %% ../../nbs/8_live/86_sandbox_desk.ipynb #d06d08a1
 def history(
     desk: Desk,
     told: Mapping[str, Any],  # parameters, as sent
@@ -355,7 +357,7 @@ def latest(desk: Desk, listing: Listing) -> Quote | None:
     before = bars["close"].iloc[-2] if len(bars) > 1 else bars["open"].iloc[-1]
     return Quote(bars.index[-1].date(), bars.iloc[-1], float(before))
 
-
+# %% ../../nbs/8_live/86_sandbox_desk.ipynb #f1228d23
 def _quote_row(listing: Listing, quote: Quote, exchange: str) -> dict:
     "What the broker says about one listing on one exchange."
     last, before = float(quote.bar["close"]), quote.previous_close
@@ -374,7 +376,7 @@ def _quote_row(listing: Listing, quote: Quote, exchange: str) -> dict:
         row | prices | {"total_quantity_traded": str(int(quote.bar["volume"])), "spot_price": None}
     )
 
-
+# %% ../../nbs/8_live/86_sandbox_desk.ipynb #46679adb
 def _quotes(desk: Desk, told: Mapping[str, Any]) -> Reply:
     "GET v1/quotes."
     listing = desk.library.by_isec.get(str(told.get("stock_code")))
@@ -417,6 +419,8 @@ class Endpoint(NamedTuple):
 V1, V2 = "/breezeapi/api/v1/", "/api/v2/"
 MASTER, LOGIN = "/MotherAppMaster/SecurityMaster.zip", "/apiuser/login"
 _ROWS = ("answer", "rows")
+
+# %% ../../nbs/8_live/86_sandbox_desk.ipynb #37ced65f
 ENDPOINTS = {
     ("GET", f"{V1}customerdetails"): Endpoint("customerdetails", _customer, check_login),
     ("GET", f"{V1}historicalcharts"): Endpoint("historicalcharts", _history_v1, families=_ROWS),
@@ -457,7 +461,7 @@ def _note(desk: Desk, caller: str, told: Mapping[str, Any], reply: Reply, fault:
         Request(desk.now(), caller, _shown(told, desk.keys), status, fault, error, reply.rows)
     )
 
-
+# %% ../../nbs/8_live/86_sandbox_desk.ipynb #1df7c221
 def _served(desk: Desk, call: Call, endpoint: Endpoint, told: dict) -> tuple[Reply, str]:
     "The reply of an endpoint and the fault that happened to it."
     if refusal := desk.quota.refuse(desk.now(), endpoint.is_order):
@@ -469,7 +473,7 @@ def _served(desk: Desk, call: Call, endpoint: Endpoint, told: dict) -> tuple[Rep
     reply = endpoint.check(desk, call) or endpoint.answer(desk, told)
     return (faulty(plan, reply, desk.spec.seed), plan.fault) if plan else (reply, "")
 
-# %% ../../nbs/8_live/86_sandbox_desk.ipynb #1df7c221
+# %% ../../nbs/8_live/86_sandbox_desk.ipynb #2e75e348
 def serve_master(desk: Desk) -> Reply:
     "The security master; nobody has to log in for it and nothing is counted."
     plan = desk.faults.choose(Caller("master", ("master",)))
@@ -494,7 +498,7 @@ def _log_in(desk: Desk, call: Call) -> Reply:
     _note(desk, "login", {}, reply)
     return reply
 
-
+# %% ../../nbs/8_live/86_sandbox_desk.ipynb #0b2c766f
 def respond(
     desk: Desk,
     call: Call,

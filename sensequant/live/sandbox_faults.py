@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MENU', 'PLACES', 'PER_MINUTE', 'PER_DAY', 'EXPIRED', 'NO_SESSION', 'NO_KEY', 'BAD_CHECKSUM', 'STATIC_IP', 'Dish',
-           'check_fault', 'Planned', 'Caller', 'FaultPlan', 'Reply', 'envelope', 'short_envelope', 'spoil', 'faulty']
+           'menu_lines', 'check_fault', 'Planned', 'Caller', 'FaultPlan', 'Reply', 'envelope', 'short_envelope',
+           'spoil', 'faulty']
 
 # %% ../../nbs/8_live/84_sandbox_faults.ipynb #9927386c
 import difflib
@@ -105,6 +106,23 @@ MENU = {
     for name, meaning in dishes.items()
 }
 
+# %% ../../nbs/8_live/84_sandbox_faults.ipynb #b01e4688
+def menu_lines() -> list[str]:
+    "The menu for a person, family by family: name and meaning."
+    happens = {
+        "answer": "to an answer",
+        "rows": "to the rows of a history",
+        "master": "to the security master",
+        "connect": "to a websocket that connects",
+        "tick": "to the live feeds",
+    }
+    lines = []
+    for family, dishes in _FAMILIES.items():
+        lines += [f"Faults that happen {happens[family]}:"]
+        lines += [f"  {name:<16} {meaning}" for name, meaning in dishes.items()]
+    example = f"{next(iter(_ANSWERS))}=0.05,{next(iter(_ROWS))}=0.1"
+    return [*lines, f"Give each a share of the requests: --faults {example}"]
+
 # %% ../../nbs/8_live/84_sandbox_faults.ipynb #8ea633c3
 _HISTORIES = ("historicalcharts", "v2/historicalcharts")
 PLACES = {
@@ -122,8 +140,9 @@ PLACES = {
 def check_fault(name: str, endpoint: str = "") -> str:
     "`name`, or a refusal when there is no such fault, or it can never happen at `endpoint`."
     if name not in MENU:
-        near = difflib.get_close_matches(name, MENU, n=1, cutoff=0.4)
-        fix = f"Did you mean {near[0]}?" if near else "MENU lists them all"
+        near = difflib.get_close_matches(name, MENU, n=3, cutoff=0.4)
+        fix = f"Did you mean {' or '.join(near)}? " if near else ""
+        fix += "`sensequant sandbox --faults list` shows them all"
         raise SettingsError("a fault must be on the menu", name, "faults", fix)
     places = PLACES[MENU[name].family]
     if endpoint and endpoint not in places:

@@ -104,7 +104,7 @@ def _two(value: float) -> float:
     "INR with two decimals."
     return round(float(value), 2)
 
-
+# %% ../../nbs/8_live/85_sandbox_feeds.ipynb #06c8fbfd
 def quote_payload(
     room: str,  # e.g. 4.1!10001
     listing: Listing,

@@ -157,7 +157,7 @@ class Stored:
     root: Path | str  # folder of the store
     source: str  # name of the source, e.g. csv-nse_daily
 
-
+# %% ../../nbs/8_live/83_sandbox_market.ipynb #31af2fb3
 class StoredSource:
     "Bars of one source of a store; keeps the promise of `BarSource`."
 
@@ -200,7 +200,7 @@ class Page(NamedTuple):
     ends: np.ndarray  # (n + 1,) where each row begins in `text`, and where the last one ends
     text: bytes  # rows as JSON, a comma after each
 
-
+# %% ../../nbs/8_live/83_sandbox_market.ipynb #cdd032ed
 def write_page(
     bars: pd.DataFrame,  # bars of one listing
     isec_code: str,  # name the rows carry
@@ -226,7 +226,7 @@ def _months(start: date, end: date) -> list[tuple[date, date]]:
     months = pd.period_range(start, end, freq="M")[::-1]
     return [(m.start_time.date(), m.end_time.date()) for m in months]
 
-
+# %% ../../nbs/8_live/83_sandbox_market.ipynb #0bf1670c
 class Library:
     "Everything a source can answer, page by page."
 
@@ -249,7 +249,7 @@ class Library:
             self._rows -= len(self._pages.popitem(last=False)[1].stamps)
         return self._pages[key]
 
-# %% ../../nbs/8_live/83_sandbox_market.ipynb #0bf1670c
+# %% ../../nbs/8_live/83_sandbox_market.ipynb #ee219024
 class Window(NamedTuple):
     "What a client asks of a history; both ends included, seconds of the wall clock in India."
 
@@ -269,7 +269,7 @@ def _pages(library: Library, asked: Window) -> list[tuple[date, date]]:
         return []
     return [(source.first, source.last)] if asked.interval == Interval.DAY else _months(start, end)
 
-
+# %% ../../nbs/8_live/83_sandbox_market.ipynb #ec554328
 def cut(
     library: Library,
     asked: Window,
@@ -306,6 +306,8 @@ BSE_COLUMNS = (
     "ISINCode 52WeeksHigh 52WeeksLow LifeTimeHigh LifeTimeLow HighDate LowDate MarginPercentage "
     "ExchangeCode"
 )
+
+# %% ../../nbs/8_live/83_sandbox_market.ipynb #743b896a
 _FUTURES_COLUMNS = (
     "Token InstrumentName ShortName Series ExpiryDate StrikePrice OptionType CALevel "
     "PermittedToTrade IssueCapital WarningQty FreezeQty CreditRating NormalMarketStatus "
@@ -355,7 +357,7 @@ def _future(listing: Listing, last: date) -> dict:
     row |= {"StrikePrice": "0", "LotSize": "100", "MinimumLotQty": "100", "TickSize": "5"}
     return row | {"CompanyName": listing.company, "ExchangeCode": listing.nse_code}
 
-
+# %% ../../nbs/8_live/83_sandbox_market.ipynb #9ceff424
 def master_files(
     listings: Sequence[Listing],
     last: date,  # latest session, for the expiry of futures
@@ -374,7 +376,7 @@ def master_files(
         "MFScripMaster.txt": _text_file(_FUTURES_COLUMNS, []),
     }
 
-
+# %% ../../nbs/8_live/83_sandbox_market.ipynb #f17f2733
 def master_zip(
     listings: Sequence[Listing],
     last: date,  # latest session

@@ -33,7 +33,7 @@ async def _broken(request: "web.Request", reply: Reply) -> "web.StreamResponse":
         request.transport.abort()
     return answer
 
-
+# %% ../../nbs/8_live/87_sandbox_wire.ipynb #5264b2ce
 async def carry(request: "web.Request", reply: Reply, now: datetime) -> "web.StreamResponse":
     "Send `reply` with the sandbox's time `now`, unless something is to happen to it."
     from aiohttp import web
@@ -68,7 +68,7 @@ async def _admit(desk: Desk, name: str, auth: object) -> None:
     if refused:
         raise Refused(error)
 
-
+# %% ../../nbs/8_live/87_sandbox_wire.ipynb #86178d4a
 def make_socket(desk: Desk, name: str) -> "socketio.AsyncServer":
     "One Socket.IO server called `name` in the log: `stream` or `ohlc`."
     import socketio
@@ -118,7 +118,7 @@ def _freeze(server: "socketio.AsyncServer", link: str) -> None:
         server.eio.sockets[link].send = _swallow
         transport.pause_reading()
 
-
+# %% ../../nbs/8_live/87_sandbox_wire.ipynb #4537afe2
 async def cut_off(
     server: "socketio.AsyncServer",
     fault: str,  # link_leave, link_close, link_kill or link_freeze
@@ -142,7 +142,7 @@ def spoil_tick(fault: str, payload: Any) -> Any:
     head, *rest = payload
     return [head, *[None] * len(rest)] if fault == "tick_null" else payload[:3]
 
-
+# %% ../../nbs/8_live/87_sandbox_wire.ipynb #77981197
 class Wire:
     "Both live feeds of one sandbox while its server runs."
 

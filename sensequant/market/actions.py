@@ -90,7 +90,7 @@ def _read_own(path: Path | str) -> pd.DataFrame:
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise DataError("a table of actions must be a CSV file", error, path) from error
 
-
+# %% ../../nbs/1_market/14_actions.ipynb #66695357
 def merge_actions(
     table: pd.DataFrame,  # `ACTION_COLUMNS`
     newer: pd.DataFrame,  # `ACTION_COLUMNS`; wins where both know the same action
@@ -150,7 +150,7 @@ def _steps_of(actions: pd.DataFrame) -> list[_Step]:
     names = ["ex_date", "price_factor", "price_shift_inr", "volume_factor"]
     return [_Step(*row) for row in made[names].itertuples(index=False)]
 
-
+# %% ../../nbs/1_market/14_actions.ipynb #02a4ea45
 def _changed(bars: pd.DataFrame, steps: list[_Step], where: object) -> pd.DataFrame:
     "The bars after all `steps`, in their order; volume is rounded once."
     prices, volume = bars[_PRICES].to_numpy(copy=True), bars["volume"].to_numpy(float, copy=True)
@@ -269,7 +269,7 @@ def _action(symbol: str, ex_date: pd.Timestamp, kind: str, **known: object) -> d
     start = {"symbol": symbol, "ex_date": ex_date, "kind": kind, "status": "suspected"}
     return start | usual | known
 
-
+# %% ../../nbs/1_market/14_actions.ipynb #c0e7b5e9
 def _jump(symbol: str, bars: pd.DataFrame, at: int, market: float, limits: JumpLimits) -> dict:
     "What one jump looks like."
     gap = float(bars["open"].iloc[at] / bars["close"].iloc[at - 1])
@@ -317,7 +317,7 @@ def suspect_actions(
     ]
     return _suspected(rows, source, "jump at the open")
 
-
+# %% ../../nbs/1_market/14_actions.ipynb #1a72cc60
 def _suspected(rows: list[dict], applies_to: str, source: str) -> pd.DataFrame:
     "Rows as a table of actions."
     found = [{"applies_to": applies_to, "source": source} | row for row in rows]
@@ -374,7 +374,7 @@ class _Change(NamedTuple):
     shift: float  # INR
     volume: float
 
-
+# %% ../../nbs/1_market/14_actions.ipynb #21a3dbbf
 def _needed(factor: float, shift: float, volume: float) -> _Change:
     "Lower earlier prices by a factor where that is lacking; give back what was subtracted."
     if shift:

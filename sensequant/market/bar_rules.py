@@ -47,6 +47,8 @@ REASONS = {
     "duplicate_timestamp": "a second bar at the same time; the first is kept",
 }
 SET_APART = ("pre_open", "closing_auction")  # true rows that belong to no bar of the session
+
+# %% ../../nbs/1_market/15_bar_rules.ipynb #041e8105
 FLAGS = {  # rows that are kept
     "jump": "open or close more than 20 % away from the close before",
     "zero_volume": "prices that moved although no share was traded",
@@ -109,6 +111,8 @@ DAY_RULES = (
     Rule("bad_timestamp", "timestamp", lambda rows: ~np.isnat(rows["ts"])),
     Rule("not_a_session", "timestamp", lambda rows: rows["is_session"]),
 )
+
+# %% ../../nbs/1_market/15_bar_rules.ipynb #6f22abb4
 HOUR_RULES = (
     Rule("pre_open", "timestamp", lambda rows: ~rows["pre_open"]),
     Rule("closing_auction", "timestamp", lambda rows: ~rows["closing_auction"]),

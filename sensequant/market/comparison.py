@@ -67,7 +67,7 @@ def _lacking(index: pd.DatetimeIndex) -> pd.DatetimeIndex:
     span = max(first, index[0]), min(last, index[-1])
     return sessions(*span).difference(index.normalize())
 
-
+# %% ../../nbs/1_market/16_comparison.ipynb #831a5c0f
 def _plainly_good(bars: pd.DataFrame) -> np.ndarray:
     "Rows about which no rule has anything to say; the others are shown to the rules."
     first, last = (pd.Timestamp(d, tz=IST) for d in known())
@@ -87,7 +87,7 @@ def _odd(symbol: str, bars: pd.DataFrame) -> list[tuple[pd.Timestamp, str, str]]
     rows = judge_frame(strange.reset_index(names="ts"), Interval.DAY, symbol).rejected
     return [(r.ts, r.reason, f"{r.column} {r.value}".strip()) for r in rows.itertuples()]
 
-# %% ../../nbs/1_market/16_comparison.ipynb #831a5c0f
+# %% ../../nbs/1_market/16_comparison.ipynb #397d5938
 def find_faults(
     bars: Mapping[str, pd.DataFrame],  # daily bars by symbol, of one source
     source: str,  # its name
@@ -98,7 +98,7 @@ def find_faults(
     jumps = suspect_actions(bars, source, limits=limits or JumpLimits())
     return _faults(bars, source, rejected or {}, jumps)
 
-
+# %% ../../nbs/1_market/16_comparison.ipynb #71f54ce8
 def _faults(
     bars: Mapping[str, pd.DataFrame],
     source: str,
@@ -228,7 +228,7 @@ def _told(row: pd.Series, mine: pd.Series, theirs: pd.Series, beyond: pd.Series)
     ]
     return ", ".join(parts)
 
-
+# %% ../../nbs/1_market/16_comparison.ipynb #af75fe2c
 def _differing(
     pair: _Pair, market: pd.Series, names: tuple[str, str], limits: CompareLimits
 ) -> list[tuple]:
@@ -286,7 +286,7 @@ class Comparison:
         symbols = self.symbols.astype(object).map(_plain).to_dict("index")
         return {"names": list(self.names), "symbols": symbols, **plain}
 
-
+# %% ../../nbs/1_market/16_comparison.ipynb #f727eecb
 def _plain(value: Any) -> Any:
     "`value` as JSON knows it."
     if isinstance(value, date):
@@ -363,7 +363,7 @@ def _faults_of_both(
 Bars = Mapping[str, pd.DataFrame]  # daily bars by symbol
 _NONE: dict[str, pd.DataFrame] = {}
 
-
+# %% ../../nbs/1_market/16_comparison.ipynb #19161e44
 def compare(
     first: Bars,
     second: Bars,

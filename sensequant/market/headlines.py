@@ -211,7 +211,7 @@ class Item:
     weight: float = 1.0  # how much it counts beside others, > 0
     ref: str = ""  # address or number that finds it again
 
-
+# %% ../../nbs/1_market/18_headlines.ipynb #cde04a14
 @dataclass(frozen=True)
 class SentimentScore:
     "What the press thinks of a share at a moment."
@@ -235,7 +235,7 @@ class SentimentScore:
         "Whether this is an old opinion, shown because no provider could be heard."
         return bool(self.metadata.get("stale"))
 
-# %% ../../nbs/1_market/18_headlines.ipynb #cde04a14
+# %% ../../nbs/1_market/18_headlines.ipynb #76acec4c
 _HALF = 5.0  # equal items that agree, at which confidence is a half
 
 
@@ -248,7 +248,7 @@ def distinct(
         seen.setdefault(re.sub(r"\W+", " ", item.text.lower()).strip(), item)
     return list(seen.values())
 
-
+# %% ../../nbs/1_market/18_headlines.ipynb #5b8883a6
 def score_items(
     items: Sequence[Item],  # of one company, as a provider gave them
     scorer: HeadlineScorer,

@@ -454,7 +454,7 @@ def _listings(spec: MarketSpec, chance: np.ndarray, n: int) -> np.ndarray:
     late = np.diff(np.floor(np.arange(spec.symbols + 1) * spec.late_listing_frac + 1e-9)) > 0
     return np.where(late, (chance * n).astype(int), -1)
 
-
+# %% ../../nbs/1_market/13_simulator.ipynb #591824bc
 def simulate(
     spec: MarketSpec,
 ) -> Market:

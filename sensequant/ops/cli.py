@@ -125,7 +125,7 @@ class BarWatcher:
         "Leave the terminal as it was."
         self.progress.stop()
 
-
+# %% ../../nbs/9_ops/95_cli.ipynb #6ffd89e8
 def watcher() -> LineWatcher | BarWatcher:
     "Bars on a terminal, lines elsewhere."
     return BarWatcher() if sys.stdout.isatty() else LineWatcher()
@@ -206,7 +206,7 @@ def _program() -> str:  # with a slash at its end
     near = folder.is_relative_to(Path.cwd())
     return f"{folder.relative_to(Path.cwd()) if near else folder}/"
 
-
+# %% ../../nbs/9_ops/95_cli.ipynb #a432aa68
 def _next(ended: Any) -> str:
     "What a person can do now."
     if ended.status != "success":
@@ -231,7 +231,7 @@ def _print_plan(plan: Any, left_out: list[str]) -> None:
     cost = f"{plan.seconds / 60:.1f} minutes of training, {plan.megabytes:,.0f} MB on disk"
     say(f"Expected: {cost} (one window measured).")
 
-
+# %% ../../nbs/9_ops/95_cli.ipynb #6537b7b0
 def _start(settings: Any, symbols: list[str], options: dict[str, Any]) -> int:
     "Plan, or run to the verdict."
     from sensequant.ops import orchestrator as o
@@ -248,7 +248,7 @@ def _start(settings: Any, symbols: list[str], options: dict[str, Any]) -> int:
         say(f"Not in the feed: {', '.join(left_out)}")
     return _walk(lambda: o.begin_run(config, settings.home), options["require_pass"])
 
-
+# %% ../../nbs/9_ops/95_cli.ipynb #06992405
 def _walk(find: Callable[[], Any], require_pass: bool) -> int:
     "Go on with a run to its end; what stops it from here on is a failure, not wrong use."
     from sensequant.ops import orchestrator as o
@@ -265,12 +265,12 @@ def _walk(find: Callable[[], Any], require_pass: bool) -> int:
     except SenseQuantError as error:
         raise refuse(error, FAILED) from None
 
-# %% ../../nbs/9_ops/95_cli.ipynb #6537b7b0
+# %% ../../nbs/9_ops/95_cli.ipynb #5872b1c8
 def _opt(help: str, *names: str) -> Any:
     "An option with its help."
     return typer.Option(*names, help=help, show_default=False)
 
-
+# %% ../../nbs/9_ops/95_cli.ipynb #4262aaa6
 @app.command()
 def run(
     symbols: Annotated[str | None, _opt("NSE codes, e.g. RELIANCE,TCS")] = None,
@@ -318,7 +318,7 @@ def run(
     except SenseQuantError as error:
         raise refuse(error) from None
 
-# %% ../../nbs/9_ops/95_cli.ipynb #06992405
+# %% ../../nbs/9_ops/95_cli.ipynb #f1cee215
 @app.command()
 def resume(
     run_id: Annotated[str, typer.Argument(help="id of the run, or latest")] = "latest",
@@ -334,7 +334,7 @@ def resume(
         raise refuse(error) from None
     raise typer.Exit(_walk(lambda: o.claim_run(found.run_id, found.home), require_pass))
 
-
+# %% ../../nbs/9_ops/95_cli.ipynb #541675c1
 @app.command()
 def report(
     run_id: Annotated[str, typer.Argument(help="id of the run, or latest")] = "latest",
@@ -347,7 +347,7 @@ def report(
     except SenseQuantError as error:
         raise refuse(error) from None
 
-# %% ../../nbs/9_ops/95_cli.ipynb #5872b1c8
+# %% ../../nbs/9_ops/95_cli.ipynb #e907e164
 @app.command()
 def runs(
     limit: Annotated[int, typer.Option(help="at most so many", min=1)] = 12,
@@ -381,7 +381,7 @@ def runs(
         table.add_row(*row.values())
     Console().print(table)
 
-
+# %% ../../nbs/9_ops/95_cli.ipynb #88f7570d
 @app.command()
 def settings(
     as_json: Annotated[bool, typer.Option("--json", help="for a script")] = False,

@@ -103,7 +103,7 @@ def _opt(help: str, *names: str) -> Any:
     "An option with its help."
     return typer.Option(*names, help=help, show_default=False)
 
-
+# %% ../../nbs/9_ops/98_collect_cli.ipynb #2c72ca7d
 def sentiment(
     symbols: Annotated[str | None, _opt("NSE codes, e.g. RELIANCE,TCS")] = None,
     symbols_file: Annotated[Path | None, _opt("one NSE code a line")] = None,
@@ -176,7 +176,7 @@ def _collect(settings: Any, symbols: Sequence[str], rounds: int | None) -> int:
     _books_summary(done)
     return MISSED if provider.note else FINISHED
 
-
+# %% ../../nbs/9_ops/98_collect_cli.ipynb #4aaba718
 def books(
     symbols: Annotated[str | None, _opt("NSE codes, e.g. RELIANCE,TCS")] = None,
     symbols_file: Annotated[Path | None, _opt("one NSE code a line")] = None,

@@ -19,18 +19,20 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+
+# %% ../../nbs/9_ops/94_orchestrator.ipynb #acabbdbf
 from datetime import date
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
-
 import nbformat
 import pandas as pd
 import papermill
 from jupyter_core.utils import ensure_event_loop
 from papermill.exceptions import PapermillExecutionError
-from traitlets.config import Config
 
+# %% ../../nbs/9_ops/94_orchestrator.ipynb #ddd8b62a
+from traitlets.config import Config
 from ..core.artifacts import RECORD, sha256_file, write_atomic
 from ..core.errors import DataError, SenseQuantError, SettingsError
 from sensequant.core.events import (
@@ -40,6 +42,8 @@ from sensequant.core.events import (
     read_events,
     write_refusal,
 )
+
+# %% ../../nbs/9_ops/94_orchestrator.ipynb #2d327aa7
 from sensequant.core.settings import (
     PREFIX,
     SECRETS,
@@ -56,6 +60,8 @@ from ..core.state import State
 from ..core.types import Feed, Interval
 from ..data.bars import BarStore
 from ..data.coverage import Span
+
+# %% ../../nbs/9_ops/94_orchestrator.ipynb #eea4ab02
 from ..data.feeds import INDEX_CODES, make_feed
 from ..data.ingest import too_many_rejected
 from sensequant.data.runs import (
@@ -69,6 +75,8 @@ from sensequant.data.runs import (
 )
 from ..features.windows import PlannedWindow, cut_windows
 from ..govern.briefing import headline, partial_briefing
+
+# %% ../../nbs/9_ops/94_orchestrator.ipynb #53c2ccaa
 from sensequant.govern.pages import (
     Heading,
     frame_page,
@@ -203,7 +211,7 @@ def require_inputs(
         fix = f"Or name an index: {', '.join(INDEX_CODES)}"
         raise DataError("the benchmark must be a file", "no such file", benchmark, fix)
 
-
+# %% ../../nbs/9_ops/94_orchestrator.ipynb #91b21523
 def require_folders(
     home: Path,  # folder of data, runs and reports
 ) -> None:
@@ -452,7 +460,7 @@ def execute_phase(
     run.artifacts.record(target.name, sha256_file(target), target.stat().st_size)
     return target
 
-
+# %% ../../nbs/9_ops/94_orchestrator.ipynb #d523e094
 def warnings_of(
     run: Run,
     most: int = 12,
@@ -498,7 +506,7 @@ class Silent:
 
     begin = phase = windows = end = _nothing
 
-
+# %% ../../nbs/9_ops/94_orchestrator.ipynb #1d990b60
 @contextmanager
 def followed(
     run: Run, phase: Phase, watcher: Watcher, every_s: float = 0.25
@@ -551,7 +559,7 @@ def _note(
     details = {"status": status, "message": message, "duration_seconds": seconds}
     run.events.emit(kind, phase=phase.name, **details)  # type: ignore[arg-type]
 
-
+# %% ../../nbs/9_ops/94_orchestrator.ipynb #7ed16f7f
 def _note_end(ended: Ended) -> None:
     "Write how the run ended into state and events."
     run = ended.run
@@ -582,7 +590,7 @@ def verdict_of(run: Run) -> Ended:
     reasons = tuple(briefing["gate"]["reasons"])
     return Ended(run, "success", briefing["status"], headline(briefing), reasons)
 
-
+# %% ../../nbs/9_ops/94_orchestrator.ipynb #efe1c78c
 def sweep(run: Run) -> None:
     "Remove what a killed process had begun to write; such a file was never on record."
     for path in run.folder.rglob(".*.tmp"):
@@ -642,7 +650,7 @@ def go_on(
     watcher.end(ended.status != "success")
     return ended
 
-
+# %% ../../nbs/9_ops/94_orchestrator.ipynb #d2afe30e
 def _go_through(run: Run, watcher: Watcher, interrupts: Interrupts) -> Ended:
     "The phases in order."
     done = undo_rest(run)
