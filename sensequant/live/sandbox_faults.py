@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MENU', 'PLACES', 'PER_MINUTE', 'PER_DAY', 'EXPIRED', 'NO_SESSION', 'NO_KEY', 'BAD_CHECKSUM', 'STATIC_IP', 'Dish',
-           'menu_lines', 'check_fault', 'Planned', 'Caller', 'FaultPlan', 'Reply', 'envelope', 'short_envelope',
+           'check_fault', 'Planned', 'menu_lines', 'Caller', 'FaultPlan', 'Reply', 'envelope', 'short_envelope',
            'spoil', 'faulty']
 
 # %% ../../nbs/8_live/84_sandbox_faults.ipynb #9927386c
@@ -106,23 +106,6 @@ MENU = {
     for name, meaning in dishes.items()
 }
 
-# %% ../../nbs/8_live/84_sandbox_faults.ipynb #b01e4688
-def menu_lines() -> list[str]:
-    "The menu for a person, family by family: name and meaning."
-    happens = {
-        "answer": "to an answer",
-        "rows": "to the rows of a history",
-        "master": "to the security master",
-        "connect": "to a websocket that connects",
-        "tick": "to the live feeds",
-    }
-    lines = []
-    for family, dishes in _FAMILIES.items():
-        lines += [f"Faults that happen {happens[family]}:"]
-        lines += [f"  {name:<16} {meaning}" for name, meaning in dishes.items()]
-    example = f"{next(iter(_ANSWERS))}=0.05,{next(iter(_ROWS))}=0.1"
-    return [*lines, f"Give each a share of the requests: --faults {example}"]
-
 # %% ../../nbs/8_live/84_sandbox_faults.ipynb #8ea633c3
 _HISTORIES = ("historicalcharts", "v2/historicalcharts")
 PLACES = {
@@ -165,6 +148,24 @@ class Planned:
         check_fault(self.fault, self.endpoint)
         if self.nth < 1 or self.count < 1:
             raise SettingsError("nth and count must be 1 or more", f"{self.nth}, {self.count}")
+
+# %% ../../nbs/8_live/84_sandbox_faults.ipynb #cab73232
+def menu_lines() -> list[str]:
+    "The menu for a person, family by family: name and meaning."
+    happens = {
+        "answer": "to an answer",
+        "rows": "to the rows of a history",
+        "master": "to the security master",
+        "connect": "to a websocket that connects",
+        "tick": "to the live feeds",
+    }
+    lines = []
+    for family, dishes in _FAMILIES.items():
+        lines += [f"Faults that happen {happens[family]}:"]
+        lines += [f"  {name:<16} {meaning}" for name, meaning in dishes.items()]
+    example = f"{next(iter(_ANSWERS))}=0.05,{next(iter(_ROWS))}=0.1"
+    lines += [f"Give each a share of the requests: --faults {example}"]
+    return [*lines, f"`seconds` are {Planned.seconds:,.0f}, unless a plan in Python says otherwise"]
 
 # %% ../../nbs/8_live/84_sandbox_faults.ipynb #edb46dfc
 class Caller(NamedTuple):
