@@ -92,7 +92,7 @@ def large_moves(
     found = move[move.abs() > limit_frac]
     return tuple(Move(ts, round(float(f), 6)) for ts, f in found.items())
 
-
+# %% ../../nbs/2_data/24_coverage.ipynb #9a630e86
 def _short_sessions(bars: pd.DataFrame, interval: Interval) -> int:
     "Sessions that are held with fewer bars than their hours have room for."
     if interval == Interval.DAY:
@@ -134,7 +134,7 @@ class Coverage:
         "The same as plain JSON values: dates as text, no path, no time of writing."
         return _plain(asdict(self))
 
-
+# %% ../../nbs/2_data/24_coverage.ipynb #df48cef1
 def _plain(value: Any) -> Any:
     "`value` with dates and times as ISO text."
     if isinstance(value, dict):
@@ -143,12 +143,12 @@ def _plain(value: Any) -> Any:
         return [_plain(v) for v in value]
     return value.isoformat() if isinstance(value, date) else value
 
-# %% ../../nbs/2_data/24_coverage.ipynb #df48cef1
+# %% ../../nbs/2_data/24_coverage.ipynb #a34f8026
 def _begin(listed_on: date | None, first: pd.Timestamp | None) -> date | None:
     "Day from which sessions are expected: the listing, or the first bar where that is earlier."
     return min(listed_on, first.date()) if listed_on and first is not None else listed_on
 
-
+# %% ../../nbs/2_data/24_coverage.ipynb #50bbb6fe
 def coverage(
     symbol: str,
     fetched: Fetched,  # bars of the span, and what was left out
@@ -198,7 +198,7 @@ def coverage_table(
     ]
     return pd.DataFrame(lines[:rows]).set_index("symbol") if lines else pd.DataFrame()
 
-
+# %% ../../nbs/2_data/24_coverage.ipynb #d214cdb8
 def coverage_report(
     found: Sequence[Coverage],
     span: Span,
@@ -250,7 +250,7 @@ def coverage_status(
         return "partial"
     return "missing_local" if mapped else "missing_mapping"
 
-
+# %% ../../nbs/2_data/24_coverage.ipynb #51bbca38
 def coverage_summary(
     found: Sequence[Coverage],
     span: Span,
@@ -359,7 +359,7 @@ def _square(symbol: str, month: str, share: float) -> str:
     words = UNLISTED if shade is None else f"{share:.0%}"
     return f'<td class="s{"" if shade is None else shade}" title="{symbol} {month}: {words}"></td>'
 
-
+# %% ../../nbs/2_data/24_coverage.ipynb #6606220c
 def _line(symbol: str, shares: pd.Series) -> str:
     "One symbol of the page; one without a square says so."
     name = html.escape(symbol)
@@ -413,7 +413,7 @@ def _gap_table(found: Sequence[Coverage]) -> str:
         f'<table class="g"><tr>{heads}</tr>{_gap_rows(gaps)}</table>'
     )
 
-
+# %% ../../nbs/2_data/24_coverage.ipynb #9f06c179
 def coverage_page(
     found: Sequence[Coverage],
     shares: pd.DataFrame,  # from `monthly`

@@ -29,7 +29,7 @@ from .sandbox_wire import Wire, application, pump
 HOST = "127.0.0.1"
 PATIENCE_S = 10.0  # for the server to start or to stop
 
-
+# %% ../../nbs/8_live/88_sandbox.ipynb #621daf3e
 class _Server(threading.Thread):
     "One event loop in one thread, from start to stop."
 
@@ -202,7 +202,7 @@ def spell_limits(
     than = "as Breeze" if spec.scale == 1 else f"{spec.scale:g} times Breeze"
     return f"Limits: {minute} requests a minute, {day} a day, {orders} orders a second ({than})"
 
-
+# %% ../../nbs/8_live/88_sandbox.ipynb #96b1b520
 def spell_faults(
     spec: SandboxSpec,
 ) -> str:
@@ -212,7 +212,7 @@ def spell_faults(
     none = "none; `sensequant sandbox --faults list` shows what can be ordered"
     return f"Faults: {', '.join([*drawn, *exact]) or none}"
 
-
+# %% ../../nbs/8_live/88_sandbox.ipynb #cdfd9af6
 def serve(
     spec: SandboxSpec,
     tell: Callable[[str], Any] = print,  # gets each line for the person who started it

@@ -28,7 +28,7 @@ class Dish(NamedTuple):
     family: str  # answer, rows, master, connect or tick: what it happens to
     meaning: str  # for a person
 
-
+# %% ../../nbs/8_live/84_sandbox_faults.ipynb #b463d03d
 _ANSWERS = {
     "html_429": "HTTP 429 with a page of HTML",
     "html_502": "HTTP 502 with a page of HTML",
@@ -78,6 +78,8 @@ _MASTER = {
     "master_hang": "no answer for `seconds`",
     "master_empty": "a whole zip without a share",
 }
+
+# %% ../../nbs/8_live/84_sandbox_faults.ipynb #69d7b282
 _CONNECT = {
     "connect_refused": "refused, as a stale token is",
     "connect_hang": "no answer for `seconds`",
@@ -93,6 +95,8 @@ _TICK = {
     "link_kill": "every TCP connection reset: the SDK comes back",
     "link_freeze": "every connection half-open: nothing is sent, nothing closed",
 }
+
+# %% ../../nbs/8_live/84_sandbox_faults.ipynb #4d10c610
 _FAMILIES = {
     "answer": _ANSWERS,
     "rows": _ROWS,
@@ -119,7 +123,7 @@ PLACES = {
     "tick": ("stock", "1SEC", "1MIN", "5MIN", "30MIN"),
 }  # family: endpoints, as they are logged
 
-
+# %% ../../nbs/8_live/84_sandbox_faults.ipynb #3ae4bce5
 def check_fault(name: str, endpoint: str = "") -> str:
     "`name`, or a refusal when there is no such fault, or it can never happen at `endpoint`."
     if name not in MENU:
@@ -132,7 +136,7 @@ def check_fault(name: str, endpoint: str = "") -> str:
         raise SettingsError(f"{name} can happen at {', '.join(places)}", endpoint, "faults")
     return name
 
-
+# %% ../../nbs/8_live/84_sandbox_faults.ipynb #e7897709
 @dataclass(frozen=True)
 class Planned:
     "A fault that will happen at an exact request."
@@ -343,7 +347,7 @@ def _a_year_before(row: dict) -> dict:
     day = date.fromisoformat(row["datetime"][:10]) - timedelta(days=365)
     return row | {"datetime": day.isoformat() + row["datetime"][10:]}
 
-
+# %% ../../nbs/8_live/84_sandbox_faults.ipynb #7998aaf3
 def spoil(
     fault: str,  # one whose name begins with rows
     rows: list[dict],  # as they should be, at least one
@@ -374,7 +378,7 @@ def _spoilt(reply: Reply, plan: Planned, seed: int) -> Reply:
     rows = spoil(plan.fault, told["Success"], random.Random(seed))
     return replace(reply, body=json.dumps(told | {"Success": rows}).encode(), rows=len(rows))
 
-
+# %% ../../nbs/8_live/84_sandbox_faults.ipynb #6887cad3
 def faulty(
     plan: Planned,  # what goes wrong
     reply: Reply,  # what the broker would have said

@@ -17,17 +17,19 @@ import socket
 import sys
 import textwrap
 from collections.abc import Callable
+
+# %% ../../nbs/9_ops/97_broker_cli.ipynb #db153b45
 from dataclasses import asdict, dataclass, replace
 from datetime import date, datetime
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
-
 import typer
 from dotenv.parser import parse_stream
 from pydantic import SecretStr
 
+# %% ../../nbs/9_ops/97_broker_cli.ipynb #8e304227
 from ..core.artifacts import temporary_beside
 from ..core.errors import BrokerError, DataError, SenseQuantError, SettingsError
 from ..core.events import make_folder, sync_folder, write_refusal, write_whole
@@ -86,7 +88,7 @@ def _write_private(path: Path, data: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
 
-
+# %% ../../nbs/9_ops/97_broker_cli.ipynb #e7ae4af7
 def store_token(
     file: Path,  # the `.env`, made when it is not there
     token: str,
@@ -140,7 +142,7 @@ def spell_session(
     except (ValueError, DataError):
         return "which day NSE trades is not known"
 
-
+# %% ../../nbs/9_ops/97_broker_cli.ipynb #b1e3494c
 def _ask_token() -> str:
     "What a person pastes, unseen on a terminal; a line of standard input elsewhere."
     words = "Paste the token, or the whole address"
@@ -179,7 +181,7 @@ def _begin(token: str, address: str) -> str:
     store_token(env_file(), token)
     return f"Logged in to {client.name}; {spell_session(dates.get('NSE'))}."
 
-
+# %% ../../nbs/9_ops/97_broker_cli.ipynb #9650d01c
 @breeze.command()
 def login() -> None:
     "Begin the session of the day: open an address, log in, paste what comes back."
@@ -217,7 +219,7 @@ class Checked:
 class _Needs(SenseQuantError):
     "What a look lacks; no fault of its own."
 
-
+# %% ../../nbs/9_ops/97_broker_cli.ipynb #ea08c425
 def _row(what: str, look: Callable[[], str]) -> Checked:
     "The row of a look that may be refused."
     try:
@@ -319,7 +321,7 @@ def _codes(client: Any) -> str:
         raise SettingsError("the symbol table must agree with the broker's", found, "codes", fix)
     return f"{told}; all {len(ours)} codes of the NIFTY 100 as in our table"
 
-
+# %% ../../nbs/9_ops/97_broker_cli.ipynb #900fe96d
 def _signature(client: Any) -> str:
     "A signed request, which proves the secret; it reads a quote."
     try:
@@ -367,7 +369,7 @@ def spell_rows(
             lines += fold(text, width, subsequent_indent=" " * indent)
     return lines
 
-
+# %% ../../nbs/9_ops/97_broker_cli.ipynb #e5201c41
 @breeze.command()
 def check(
     as_json: Annotated[bool, typer.Option("--json", help="for a script")] = False,
@@ -430,7 +432,7 @@ def sandbox(
     except SenseQuantError as error:
         raise refuse(error) from None
 
-
+# %% ../../nbs/9_ops/97_broker_cli.ipynb #cb535e50
 def read_day(
     text: str,  # YYYY-MM-DD
     option: str,  # where it was typed, for the message
@@ -441,7 +443,7 @@ def read_day(
     except ValueError:
         raise SettingsError("a day must read as 2024-01-31", text, option) from None
 
-
+# %% ../../nbs/9_ops/97_broker_cli.ipynb #be708820
 def read_rates(
     text: str,  # NAME=SHARE, comma between
 ) -> dict[str, float]:  # fault to the share of requests it happens to
