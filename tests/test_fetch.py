@@ -522,7 +522,8 @@ def test_backfill_fills_what_coverage_finds_missing(broker, tmp_path):
     command(broker, tmp_path, "fetch", *span, *words)
     before = len(asked(broker))
     words = ["--start", "2024-01-01", "--end", "2024-02-15", "--source", "breeze"]
-    done = command(broker, tmp_path, "backfill", *words, "--intervals", "1day,5minute")
+    named = ["--symbols", "SIM001,SIM002", "--intervals", "1day,5minute"]
+    done = command(broker, tmp_path, "backfill", *words, *named)
     assert done.returncode == 0, done.stdout
     new = Counter((a[0], a[1]) for a in asked(broker)[before:])
     assert new == {(c, "1day"): 1 for c in ("SIMAAA", "SIMAAB")} | {

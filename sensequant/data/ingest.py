@@ -35,6 +35,7 @@ from ..core.state import State
 from ..core.types import IST, REJECT_COLUMNS, Feed, Fetched, Interval
 from .bars import BarStore, between, hash_bars, no_bars, resample_bars
 from .coverage import Coverage, Span, coverage, coverage_report, find_gaps
+from .csv_bars import likely_interval
 from .feeds import HybridFeed
 from ..market.bar_rules import SET_APART as OFF_HOURS
 from sensequant.market.breeze_protocol import (
@@ -739,7 +740,9 @@ def too_many_rejected(
     where = f"{file}, row {one['row']}, column {one['column']}, value {one['value']!r}"
     share = f"{bad} of {fetched.rows_read} rows ({bad / fetched.rows_read:.1%})"
     must = f"at most {limit_frac:.1%} of the rows may be rejected"
-    return f"{must}; found {share}: {most}; first in {where}"
+    meant = likely_interval(faults)
+    hint = f"; these look like {meant} bars: --interval {meant}" if meant else ""
+    return f"{must}; found {share}: {most}; first in {where}{hint}"
 
 # %% ../../nbs/2_data/25_ingest.ipynb #87dda8b2
 def stored(store: BarStore, source: str, symbol: str, span: Span) -> Fetched:

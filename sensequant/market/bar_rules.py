@@ -355,7 +355,13 @@ def _told(flagged: pd.DataFrame) -> list[str]:
     if flagged.empty:
         return []
     kinds = {k: flagged.loc[flagged["reason"] == k, "ts"] for k in FLAGS}
-    return [f"{len(ts)} flagged {k}, the first at {ts.min()}" for k, ts in kinds.items() if len(ts)]
+    text = "flagged as {}: {}, the first at {}"
+    return [text.format(k, len(ts), _spell_ts(ts.min())) for k, ts in kinds.items() if len(ts)]
+
+
+def _spell_ts(ts: pd.Timestamp) -> str:
+    "The day of a daily bar, the minute of another."
+    return f"{ts:%Y-%m-%d}" if ts == ts.normalize() else f"{ts:%Y-%m-%d %H:%M}"
 
 # %% ../../nbs/1_market/15_bar_rules.ipynb #96b86174
 def judge_rows(
