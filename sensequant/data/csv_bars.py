@@ -64,7 +64,7 @@ _ALIASES = {
     "vol": "volume",
 }
 
-
+# %% ../../nbs/2_data/21_csv_bars.ipynb #dd14f487
 def _places(
     heading: Sequence[str],  # cells of the first line
     where: object = None,  # file, for the message
@@ -176,7 +176,7 @@ def check_zone(zone: str) -> None:
     except (ZoneInfoNotFoundError, ValueError) as error:
         raise DataError("zone must be an IANA name such as Asia/Kolkata or UTC", zone) from error
 
-
+# %% ../../nbs/2_data/21_csv_bars.ipynb #0555ed13
 def read_csv_bars(
     paths: Path | Sequence[Path],  # the file or files of one symbol, in order of their names
     interval: Interval,
@@ -229,7 +229,7 @@ def _entries(folder: Path) -> list[Path]:
     except OSError as error:
         raise DataError("the folder must be there and readable", error.strerror, folder) from error
 
-
+# %% ../../nbs/2_data/21_csv_bars.ipynb #85b6740d
 class CsvTree:
     "The CSV files of a folder by symbol and interval."
 
@@ -330,7 +330,7 @@ def export_tree(
         count += len(parts)
     return count
 
-
+# %% ../../nbs/2_data/21_csv_bars.ipynb #2bdfebfe
 def _refuse_others(place: Path, names: set[str]) -> None:
     "Refuse a folder with files that the export would leave as they are."
     other = {p.name for p in place.glob("*") if _FILE.fullmatch(p.name)} - names
@@ -386,7 +386,7 @@ def _import_one(store: BarStore, source: str, tree: CsvTree, what: tuple) -> Imp
         notes += [f"a damaged store file was kept as {p.name}" for p in written.set_aside]
     return Imported(symbol, len(read.bars), len(read.rejected), "", tuple(notes))
 
-
+# %% ../../nbs/2_data/21_csv_bars.ipynb #2b0272d1
 def _no_bars(read: CsvBars, interval: Interval) -> str:
     "What to say of files without one good row."
     counts = read.rejected["reason"].value_counts().items()

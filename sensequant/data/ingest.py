@@ -20,17 +20,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
+
+# %% ../../nbs/2_data/25_ingest.ipynb #3fd3ec03
 from functools import partial
 from pathlib import Path
 from typing import Any
-
 import numpy as np
 import pandas as pd
-
 from ..core.errors import BrokerError, DataError, SenseQuantError
 from ..core.events import make_folder
 from ..core.fanout import fan_out
 from ..core.settings import Settings
+
+# %% ../../nbs/2_data/25_ingest.ipynb #95703580
 from ..core.state import State
 from ..core.types import IST, REJECT_COLUMNS, Feed, Fetched, Interval
 from .bars import BarStore, between, hash_bars, no_bars, resample_bars
@@ -38,6 +40,8 @@ from .coverage import Coverage, Span, coverage, coverage_report, find_gaps
 from .csv_bars import likely_interval
 from .feeds import HybridFeed
 from ..market.bar_rules import SET_APART as OFF_HOURS
+
+# %% ../../nbs/2_data/25_ingest.ipynb #76905bf2
 from sensequant.market.breeze_protocol import (
     DaySpent,
     NotConnected,
@@ -70,7 +74,7 @@ def plan_from(settings: Settings, force: bool = False) -> FetchPlan:
     names = ("chunk_days", "late_sessions", "max_rejected_frac")
     return FetchPlan(force, *(getattr(settings, n) for n in names))
 
-
+# %% ../../nbs/2_data/25_ingest.ipynb #fab6b81b
 def last_closed(
     now: datetime,  # aware
 ) -> date:
@@ -124,7 +128,7 @@ class Chunk:
     last: date  # included
     again: bool = False  # True to ask for what the store answers for
 
-
+# %% ../../nbs/2_data/25_ingest.ipynb #2f9fd947
 @dataclass(frozen=True)
 class SymbolPlan:
     "What is held of a symbol and what is to be asked."
@@ -145,7 +149,7 @@ def asked_interval(interval: Interval) -> Interval:
 NOTHING, NOTHING_AGAIN = "; nothing came", "; nothing came on two days"  # end of an origin
 INTRADAY_FROM = date(2022, 3, 9)  # Source: issue 3, "5-minute bars begin on 2022-03-09"
 
-
+# %% ../../nbs/2_data/25_ingest.ipynb #fbbd77e9
 def doubtful(
     held: Sequence[HeldRange],  # of one symbol, sorted
     now: datetime,  # aware
@@ -177,7 +181,7 @@ def _listing(feed: Feed, symbol: str) -> date | None:
     except BrokerError:
         return None
 
-
+# %% ../../nbs/2_data/25_ingest.ipynb #a836bd8d
 def _doubted(
     feed: Feed, held: Sequence[HeldRange], what: tuple[str, Interval], now: datetime
 ) -> list[Days]:
@@ -188,7 +192,7 @@ def _doubted(
     known = [_listing(feed, symbol), None if interval == Interval.DAY else INTRADAY_FROM]
     return doubtful(held, now, max((d for d in known if d), default=date.max))
 
-
+# %% ../../nbs/2_data/25_ingest.ipynb #4fbe977d
 def plan_symbol(
     feed: Feed,
     store: BarStore,
@@ -349,7 +353,7 @@ def _origin(job: _Fill, chunk: Chunk, fetched: Fetched) -> str:
     twice = any(r.first <= first <= r.last and _said_once(r, now) for r in held)
     return fetched.origin + (NOTHING_AGAIN if twice else NOTHING)
 
-
+# %% ../../nbs/2_data/25_ingest.ipynb #b5cd72a8
 def _fuller(job: _Fill, chunk: Chunk, fetched: Fetched) -> pd.DatetimeIndex:
     "Sessions of which the store holds more bars than came; none when nothing came at all."
     days = pd.DatetimeIndex([]).tz_localize(IST)
@@ -365,7 +369,7 @@ def _fuller(job: _Fill, chunk: Chunk, fetched: Fetched) -> pd.DatetimeIndex:
     had, came = (b.index.normalize().value_counts() for b in (held, fetched.bars))
     return had.index[had > came.reindex(had.index, fill_value=0)].sort_values()
 
-
+# %% ../../nbs/2_data/25_ingest.ipynb #92bafb48
 def _told(chunk: Chunk, fetched: Fetched, kept: pd.DatetimeIndex, new: int) -> tuple[Notice, ...]:
     "What to say of an answer that was stored; `new` of its bad rows were not known."
     texts = [("note", note) for note in fetched.notes]
@@ -381,7 +385,7 @@ def _told(chunk: Chunk, fetched: Fetched, kept: pd.DatetimeIndex, new: int) -> t
         texts.append(("rejected", f"{text} in quarantine, {new} of them new"))
     return tuple(Notice(kind, chunk.symbol, text) for kind, text in texts)
 
-
+# %% ../../nbs/2_data/25_ingest.ipynb #c26c6f01
 def _keep_chunk(job: _Fill, chunk: Chunk, fetched: Fetched) -> ChunkResult:
     "Store an answer: rejected rows first, then each run of settled sessions with its bars."
     place = (job.service.name, chunk.symbol, chunk.interval)
@@ -398,7 +402,7 @@ def _keep_chunk(job: _Fill, chunk: Chunk, fetched: Fetched) -> ChunkResult:
     status, rows = "fetched" if len(fetched.bars) else "empty", len(fetched.bars)
     return ChunkResult(chunk, status, rows, len(fetched.rejected), fetched.requests, None, notices)
 
-# %% ../../nbs/2_data/25_ingest.ipynb #b5cd72a8
+# %% ../../nbs/2_data/25_ingest.ipynb #0cd257f0
 def _gaps(job: _Fill, chunk: Chunk) -> list[Days]:
     "What of a chunk is still to be asked for."
     if chunk.again:
@@ -422,7 +426,7 @@ def _ask_chunk(job: _Fill, chunk: Chunk) -> ChunkResult:
     notices = tuple(n for r in results for n in r.notices)
     return ChunkResult(chunk, status, rows, rejected, requests, None, notices)
 
-
+# %% ../../nbs/2_data/25_ingest.ipynb #264c8ae1
 def fetch_chunk(job: _Fill, chunk: Chunk) -> ChunkResult:
     "What became of `chunk`; a refusal is its own and stops no other, unless it holds for all."
     if refusal := job.patience.refusal:
@@ -482,12 +486,12 @@ class SymbolFill:
         count = f"{len(self.failed)} of {len(self.results)} chunks failed ({days}{more})"
         return f"{count}: {type(error).__name__}: {text}"
 
-
+# %% ../../nbs/2_data/25_ingest.ipynb #960fb162
 def _placeless(error: SenseQuantError) -> str:
     "What a refusal says, without the place that differs between machines."
     return str(DataError(error.must, error.found))
 
-# %% ../../nbs/2_data/25_ingest.ipynb #960fb162
+# %% ../../nbs/2_data/25_ingest.ipynb #edbe9bd5
 @dataclass(frozen=True)
 class Progress:
     "How far a fetch has come."
@@ -506,7 +510,7 @@ class Progress:
         "At the speed so far; None before the first chunk has come."
         return self.seconds / self.done * (self.total - self.done) if self.done else None
 
-
+# %% ../../nbs/2_data/25_ingest.ipynb #10d83703
 @dataclass(frozen=True)
 class Filled:
     "What became of a fetch."
@@ -552,7 +556,7 @@ class Filled:
             "seconds": round(self.seconds, 3),
         }
 
-# %% ../../nbs/2_data/25_ingest.ipynb #edbe9bd5
+# %% ../../nbs/2_data/25_ingest.ipynb #9d13eb17
 Watch = Callable[[Progress], None]
 
 
@@ -563,7 +567,7 @@ class Watchers:
     progress: Watch | None = None  # after each chunk, and once before the first
     symbol: Callable[[SymbolFill], None] | None = None  # when the last chunk of a symbol is done
 
-
+# %% ../../nbs/2_data/25_ingest.ipynb #1d6e590e
 class _Desk:
     "Sorts what comes from the threads."
 
@@ -613,7 +617,7 @@ class _Desk:
             counts = (self.done, self.total, self.held, self.failed, self.rows, self.requests)
             self.watchers.progress(Progress(symbol, *counts, time.monotonic() - self.begun))
 
-# %% ../../nbs/2_data/25_ingest.ipynb #10d83703
+# %% ../../nbs/2_data/25_ingest.ipynb #7be4dd10
 def service_of(feed: Feed) -> Feed:
     "Who is asked for a chunk: a feed that falls back must not be, lest a failure be stored."
     return feed.service if isinstance(feed, HybridFeed) else feed
@@ -626,7 +630,7 @@ def _planned(job: _Fill, symbol: str, span: Span, again: Sequence[Days] | None) 
     except DataError as error:
         return SymbolPlan(symbol, span, 0, (), refusal=error)
 
-
+# %% ../../nbs/2_data/25_ingest.ipynb #d30974a9
 def fill(
     feed: Feed,  # remote
     store: BarStore,
@@ -768,7 +772,7 @@ def _stored(job: _Job, symbol: str) -> Fetched:
     bars = job.store.read(job.feed.name, symbol, s.interval, s.start, s.end)
     return Fetched(bars, pd.DataFrame(columns=list(REJECT_COLUMNS)), len(bars), "bar store")
 
-
+# %% ../../nbs/2_data/25_ingest.ipynb #62685482
 def _keep(job: _Job, symbol: str, fetched: Fetched) -> tuple[str, ...]:
     "Write the bars; what was noticed on the way."
     notes = tuple(getattr(fetched, "notes", ()))
@@ -842,7 +846,7 @@ def judge_filled(job: _Job, done: SymbolFill) -> SymbolResult:
     notes += (str(fallback),) if done.failed else ()
     return replace(result, notes=result.notes + notes)
 
-
+# %% ../../nbs/2_data/25_ingest.ipynb #23a564e1
 def _nothing() -> Fetched:
     "What there is of a symbol of which nothing is held."
     return Fetched(no_bars(), pd.DataFrame(columns=list(REJECT_COLUMNS)), 0, "bar store")
@@ -903,7 +907,7 @@ def _ingest_local(
             on_result(results[-1])
     return results
 
-
+# %% ../../nbs/2_data/25_ingest.ipynb #5a424cc7
 def _ingest_remote(
     job: _Job, names: list[str], plan: FetchPlan, workers: int, on_result: OnResult | None
 ) -> list[SymbolResult]:

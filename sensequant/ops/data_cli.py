@@ -22,17 +22,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 from functools import partial
+
+# %% ../../nbs/9_ops/96_data_cli.ipynb #23a7659a
 from pathlib import Path
 from typing import Annotated, Any
-
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
-
 from ..core.errors import BrokerError, DataError, SenseQuantError, SettingsError
 from ..core.settings import Settings, load_settings
 from ..core.types import IST, Interval
+
+# %% ../../nbs/9_ops/96_data_cli.ipynb #2ac672b3
 from sensequant.ops.cli import (
     FAILED,
     INTERRUPTED,
@@ -73,7 +75,7 @@ def spell_names(
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #976e356c
 def spell_time(
     seconds: float | None,  # >= 0; None where it is not known
 ) -> str:
@@ -95,7 +97,7 @@ def spell_progress(
     counts = f"{told.rows:,} rows, {told.requests:,} requests{held}{failed}"
     return f"{counts}, {spell_time(told.seconds_left)} left"
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #9f2ff180
 class LineMeter:
     "A line every so often, for files and pipes."
 
@@ -111,7 +113,7 @@ class LineMeter:
     def end(self) -> None:
         "Nothing to tidy."
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #efed4c63
 class BarMeter:
     "A bar that moves, for a terminal."
 
@@ -134,7 +136,7 @@ class BarMeter:
         "Leave the terminal as it was."
         self.progress.stop()
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #11482f3c
 def meter() -> LineMeter | BarMeter:
     "A bar on a terminal, lines elsewhere."
     return BarMeter() if sys.stdout.isatty() else LineMeter()
@@ -163,7 +165,7 @@ def open_store(settings: Settings) -> Any:  # BarStore
         raise SettingsError(must, "a file", there)
     return BarStore(folder)
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #9f883af4
 def open_feed(settings: Settings) -> Any:  # Feed
     "The feed the settings name; a simulated market is the one a run would make."
     from sensequant.data.feeds import make_feed
@@ -187,7 +189,7 @@ def named_symbols(
     names = read_symbols(symbols, symbols_file, universe)
     return sorted({index_name(n) if " " in n else n for n in names})
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #5b45a02d
 def choose_symbols(
     feed: Any,  # Feed
     named: list[str],  # empty for all the feed has
@@ -225,7 +227,7 @@ def spell_summary(
         f"Time           {spell_time(told['seconds'])}",
     ]
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #1b78e1ef
 def spell_notices(
     notices: Iterable[Any],  # Notice
     most: int = 6,  # symbols named for one text
@@ -244,7 +246,7 @@ def spell_notices(
 
 _JOINED = ("note", "fallback")  # kinds whose texts differ in figures that hardly matter
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #41e0d2b3
 def _alike(same: dict[tuple[str, str], list[str]]) -> dict[tuple[str, str], list[str]]:
     "Notes that differ in their figures alone as one, the first with how many more there are."
     told, shapes = {k: v for k, v in same.items() if k[0] not in _JOINED}, defaultdict(list)
@@ -256,7 +258,7 @@ def _alike(same: dict[tuple[str, str], list[str]]) -> dict[tuple[str, str], list
         told[kind, first[0] + more] = named
     return told
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #0ff9e0a3
 def close_fetch(
     filled: Any,  # Filled
     forgiven: set[str] = frozenset(),  # type: ignore[assignment]  # symbols served from the store
@@ -298,7 +300,7 @@ class Order:
     workers: int = 2
     dryrun: bool = False
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #82b9b007
 def _spans(order: Order, store: Any, source: str, symbols: list[str]) -> dict[str, Any]:
     "The range to bring of each symbol; one that is up to date is left out."
     from sensequant.data.coverage import Span
@@ -314,7 +316,7 @@ def _spans(order: Order, store: Any, source: str, symbols: list[str]) -> dict[st
     spans = {s: incremental_span(store, source, s, whole, days) for s in symbols}
     return {s: span for s, span in spans.items() if span}
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #4f767c43
 def _plan_only(feed: Any, store: Any, spans: dict[str, Any], plan: Any, again: Any = None) -> int:
     "Say what a fetch would ask for; `again` as in `fill`."
     from sensequant.data.ingest import plan_symbol, service_of
@@ -326,7 +328,7 @@ def _plan_only(feed: Any, store: Any, spans: dict[str, Any], plan: Any, again: A
     say(f"{asked}, {spell_count(held, 'cache hit')}; nothing was asked.")
     return 0
 
-# %% ../../nbs/9_ops/96_data_cli.ipynb #82b9b007
+# %% ../../nbs/9_ops/96_data_cli.ipynb #d4be80c6
 def fetch_remote(feed: Any, settings: Settings, symbols: list[str], order: Order) -> int:
     "Bring what the store lacks; the exit code."
     from sensequant.data.ingest import plan_from
@@ -339,7 +341,7 @@ def fetch_remote(feed: Any, settings: Settings, symbols: list[str], order: Order
         say(f"Up to date: {spell_count(len(symbols) - len(spans), 'symbol')}")
     return _bring(feed, settings, order, (spans, plan, None))
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #e01ecf7f
 def _bring(feed: Any, settings: Settings, order: Order, what: tuple) -> int:
     "Fill the store and note in the state what it holds; `what` is spans, plan and days again."
     from sensequant.core.state import State
@@ -372,7 +374,7 @@ def _bring(feed: Any, settings: Settings, order: Order, what: tuple) -> int:
         say(f"failed: {line}")
     return FAILED if derived else code
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #74a2c0da
 def _forgiven(feed: Any, store: Any, filled: Any) -> set[str]:
     "Symbols that the service failed, of which a feed that falls back has something to give."
     from sensequant.data.feeds import HybridFeed
@@ -388,7 +390,7 @@ def _forgiven(feed: Any, store: Any, filled: Any) -> set[str]:
         if any(r.rows and r.first <= w.end and w.start <= r.last for r in held[s])
     }
 
-# %% ../../nbs/9_ops/96_data_cli.ipynb #4f767c43
+# %% ../../nbs/9_ops/96_data_cli.ipynb #6da23275
 def fetch_local(feed: Any, settings: Settings, symbols: list[str], order: Order) -> int:
     "Read every symbol into the store; the exit code."
     from sensequant.core.state import State
@@ -415,7 +417,7 @@ def fetch_local(feed: Any, settings: Settings, symbols: list[str], order: Order)
             remember(state, store, feed.name, symbol, order.interval)
     return _close_local(result, time.monotonic() - begun)
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #ec56172d
 def _close_local(result: Any, seconds: float) -> int:
     "The closing block of files read; the exit code."
     from sensequant.data.ingest import Notice
@@ -436,7 +438,7 @@ def _close_local(result: Any, seconds: float) -> int:
         say(f"Failed         {', '.join(failed)}")
     return FAILED if failed else 0
 
-# %% ../../nbs/9_ops/96_data_cli.ipynb #d4be80c6
+# %% ../../nbs/9_ops/96_data_cli.ipynb #26e685bd
 def _newest() -> date:
     "The newest session that is over."
     from sensequant.data.ingest import last_closed
@@ -458,7 +460,7 @@ def read_order(given: dict[str, Any]) -> tuple[Settings, Order]:
     flags = (incremental, settings.lookback_days, given.get("force", False), settings.workers)
     return settings, Order(settings.interval, start, end, *flags, given.get("dryrun", False))
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #f3c1a836
 def _finish(work: Any) -> None:
     "Run a command's work, and leave with its exit code."
     try:
@@ -536,7 +538,7 @@ def choose_source(
     fix = "Name one of these" if asked else "Name one with --source"
     raise DataError("one source must be meant", found, store.root, fix)
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #65587ad5
 def spell_sources(
     store: Any,  # BarStore
     names: list[str],  # folders of the store
@@ -561,7 +563,7 @@ def require_held(
         must = f"the store must hold {interval} bars"
         raise DataError(must, spell_sources(store, [source]), store.root, fix)
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #865676eb
 def is_simulated(
     source: str,  # folder of the store
 ) -> bool:
@@ -599,7 +601,7 @@ def cover(
         coverage(s, _held_of(store, source, s, span), span, listed(s)) for s in sorted(set(symbols))
     ]
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #52127a77
 def _held_of(store: Any, source: str, symbol: str, span: Any) -> Any:  # Fetched
     "What is held of a symbol; nothing of one that has no file, or whose files were set aside."
     from sensequant.data.feeds import nothing_fetched
@@ -619,7 +621,7 @@ def known_symbols(store: Any, source: str, interval: Interval) -> list[str]:
     aside = (p.name.partition(".parquet.damaged-")[0] for p in folder.glob("[!.]*.damaged-*"))
     return sorted({*store.symbols(source, interval), *aside})
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #92f42f1e
 def covered_span(settings: Settings, order: Order) -> Any:  # Span
     "The range that can be held by now."
     from sensequant.data.coverage import Span
@@ -639,7 +641,7 @@ def _unmapped(settings: Settings, source: str, symbols: list[str]) -> list[str]:
     codes = facts | read_codes(codes_file(settings), source)
     return [s for s in symbols if s not in codes or not codes[s].isec_code]
 
-# %% ../../nbs/9_ops/96_data_cli.ipynb #52127a77
+# %% ../../nbs/9_ops/96_data_cli.ipynb #a5680b0e
 def print_coverage(summary: dict[str, Any], found: list[Any], most: int = 12) -> None:
     "The summary, and the symbols a person should look at first."
     total, words = summary["symbols"], summary["status"]
@@ -661,7 +663,7 @@ def print_coverage(summary: dict[str, Any], found: list[Any], most: int = 12) ->
     if len(worst) > most:
         say(f"  and {len(worst) - most} more")
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #0e517d54
 @data.command()
 def coverage(
     symbols: Annotated[str | None, _opt("NSE codes (default: all that are held)")] = None,
@@ -736,7 +738,7 @@ def backfill_one(
         return _plan_only(feed, store, wanted, plan, gaps)
     return _bring(feed, settings, order, (wanted, plan, gaps))
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #534d7696
 def held_spans(
     store: Any,  # BarStore
     source: str,  # folder of the store
@@ -754,7 +756,7 @@ def held_spans(
             spans[symbol] = replace(span, start=start, end=end)
     return spans
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #ad75a8c7
 @data.command()
 def backfill(
     symbols: Annotated[str | None, _opt("NSE codes (default: all that are held)")] = None,
@@ -815,7 +817,7 @@ def spell_changes(
     ]
     return [f"{name:<14}{len(texts):>6,}  {some(texts)}".rstrip() for name, texts in lines]
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #ebb0e6db
 @data.command()
 def discover(
     set_: Annotated[list[str] | None, _opt("any setting, NAME=VALUE", "--set")] = None,
@@ -864,7 +866,7 @@ def _spell_cell(value: Any) -> str:
         return str(value)
     return f"{value:%Y-%m-%d}" if value.hour == value.minute == 0 else f"{value:%Y-%m-%d %H:%M}"
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #ad6712e6
 @data.command()
 def show(
     source: Annotated[str | None, _opt("folder of the store, or its kind")] = None,
@@ -892,7 +894,7 @@ def show(
 
     _finish(work)
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #4e0d57de
 @data.command()
 def quarantine(
     symbols: Annotated[str | None, _opt("NSE codes (default: all)")] = None,
@@ -930,7 +932,7 @@ def too_many_faults(
     faults = read.rejected[~read.rejected["reason"].isin(SET_APART)]
     return too_many_rejected(replace(read, rejected=faults), limit_frac)
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #83b922b8
 @data.command("import")
 def import_(
     folder: Annotated[Path, typer.Argument(help="SYMBOL.csv[.gz] or SYMBOL/INTERVAL/*.csv[.gz]")],
@@ -965,7 +967,7 @@ def import_(
 
     _finish(work)
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #c83bbe75
 @data.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="becomes SYMBOL/INTERVAL/*.csv")],
@@ -1008,7 +1010,7 @@ class Vendor:
         inside = {s: d.between(str(start), str(end)) for s, d in days.items()}
         return replace(self, bars=cut, rejected={s: self.rejected[s][x] for s, x in inside.items()})
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #bfbac7dc
 def open_vendor(
     settings: Settings,
     asked: str,  # a folder of CSV files, a folder of the store, or its kind
@@ -1035,7 +1037,7 @@ def open_vendor(
     bars = {s: store.read(place, s, step, *days) for s in held}
     return Vendor(place, bars, {str(s): r for s, r in refused.items() if s in bars})
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #d405e16a
 def _as_days(vendor: Vendor, interval: Interval) -> Vendor:
     "Daily bars made of shorter ones; of refused rows those of sessions that have no bar at all."
     from sensequant.data.bars import resample_bars
@@ -1046,7 +1048,7 @@ def _as_days(vendor: Vendor, interval: Interval) -> Vendor:
     left = {s: r[~r["ts"].dt.normalize().isin(days[s].index)] for s, r in vendor.rejected.items()}
     return Vendor(vendor.name, days, left)
 
-# %% ../../nbs/9_ops/96_data_cli.ipynb #bfbac7dc
+# %% ../../nbs/9_ops/96_data_cli.ipynb #8b0fb175
 def common_range(
     first: Vendor,
     second: Vendor,
@@ -1068,7 +1070,7 @@ def common_range(
         raise DataError("two vendors must have sessions in common", found, "data compare")
     return start, end
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #b70b57bf
 def read_days(
     start: str | None,  # YYYY-MM-DD, None for all
     end: str | None,
@@ -1091,7 +1093,7 @@ def _say_lacking(vendors: tuple[Vendor, Vendor], named: list[str]) -> None:
         if lacking:
             say(f"Not in {mine.name}: {spell_names(lacking)}")
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #149d2307
 @data.command()
 def compare(
     first: Annotated[str, typer.Argument(help="a source of the store, or a folder of CSV files")],
@@ -1143,7 +1145,7 @@ def action_keys(
     day = table["ex_date"].dt.strftime("%Y-%m-%d")
     return table["symbol"] + "@" + day + "@" + table["applies_to"]
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #1cddb113
 def decide(
     table: Any,  # `ACTION_COLUMNS`
     words: list[str],  # SYMBOL@YYYY-MM-DD, with @SOURCE where a day has several or it is a fact
@@ -1166,7 +1168,7 @@ def decide(
         chosen.append(near.index[0])
     return table.loc[sorted(set(chosen))].assign(status=status)
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #3e704ded
 def decide_all(
     table: Any,  # `ACTION_COLUMNS`
     confirm: list[str],
@@ -1180,7 +1182,7 @@ def decide_all(
         raise SettingsError("an action is confirmed or rejected, not both", found, "data actions")
     return both
 
-
+# %% ../../nbs/9_ops/96_data_cli.ipynb #22612ba1
 @data.command()
 def actions(
     source: Annotated[
