@@ -260,7 +260,7 @@ def test_no_worker_is_left_after_a_whole_map():
 
 
 def test_bad_calls_are_refused_at_once():
-    for call in ({"workers": 0}, {"backend": "threads"}):
+    for call in ({"workers": 0}, {"workers": 0, "backend": "threads"}, {"backend": "dask"}):
         with pytest.raises(SettingsError):
             fan_out(touchy, [1], **call)
     with pytest.raises(SettingsError, match="picklable"):

@@ -158,7 +158,15 @@ def test_a_finished_run_tells_its_events(finished_run):
 def test_a_finished_run_has_its_files(finished_run):
     folder = finished_run.folder
     named = {f"{name}.ipynb" for name in NAMES} | {"events.jsonl", "artifacts.jsonl", "config.json"}
-    named |= {"coverage.json", "inputs.json", "teacher_runs.json", "student_runs.json", "audit"}
+    named |= {
+        "coverage.json",
+        "inputs.json",
+        "actions.json",
+        "sources.json",
+        "teacher_runs.json",
+        "student_runs.json",
+        "audit",
+    }
     named |= {"predictions.parquet", "validation_summary.json", "validation_summary.md", "bars"}
     named |= {"daily_returns.parquet", "stat_tests.json", "manifest.yaml", "teacher", "student"}
     assert {p.name for p in folder.iterdir()} == named | {
@@ -373,6 +381,8 @@ DAMAGED = {
     "bars/SIM001.parquet": 0,
     "inputs.json": 0,
     "coverage.json": 0,
+    "actions.json": 0,
+    "sources.json": 0,
     "1_ingest.ipynb": 0,
     "teacher_runs.json": 1,
     "teacher/SIM002_2023-04-02_to_2023-06-30/model.txt.zst": 1,
