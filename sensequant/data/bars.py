@@ -16,26 +16,22 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-
-# %% ../../nbs/2_data/20_bars.ipynb #f4119995
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from ..core.artifacts import write_atomic, write_together
 
-# %% ../../nbs/2_data/20_bars.ipynb #0479db4e
+from ..core.artifacts import write_atomic, write_together
 from ..core.errors import DataError
 from ..core.events import json_bytes, make_folder, write_refusal
 from ..core.types import BAR_COLUMNS, IST, REJECT_COLUMNS, SESSION_OPEN, Interval
 from ..market.actions import actions_for
 from ..market.actions import adjust as adjust_bars
-
-# %% ../../nbs/2_data/20_bars.ipynb #4fdf7155
 from sensequant.market.ranges import (
     ONE_DAY,
     Days,

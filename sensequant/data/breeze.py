@@ -17,8 +17,6 @@ import importlib.util
 import io
 import json
 import logging
-
-# %% ../../nbs/2_data/22_breeze.ipynb #f3d2f30d
 import os
 import queue
 import socket
@@ -28,8 +26,6 @@ import time
 import urllib.request
 import zipfile
 from collections import Counter
-
-# %% ../../nbs/2_data/22_breeze.ipynb #9f07beee
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -39,19 +35,17 @@ from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
 from pathlib import Path
 from types import CodeType, ModuleType, SimpleNamespace
-
-# %% ../../nbs/2_data/22_breeze.ipynb #1267f374
 from typing import Any, Protocol, Self, TypeVar
+
 import numpy as np
 import pandas as pd
 from pydantic import SecretStr
+
 from ..core.errors import BrokerError, DataError, SettingsError
 from ..core.events import make_folder
 from ..core.settings import Settings, load_settings
 from ..core.types import IST, Fetched, Interval
 from ..market.bar_rules import judge_frame
-
-# %% ../../nbs/2_data/22_breeze.ipynb #78bfd12e
 from sensequant.market.breeze_protocol import (
     MOST_ROWS,
     REAL,
@@ -76,8 +70,6 @@ from sensequant.market.breeze_protocol import (
     rows_frame,
     window,
 )
-
-# %% ../../nbs/2_data/22_breeze.ipynb #dd0c8e22
 from ..market.calendar import read_facts
 
 # %% ../../nbs/2_data/22_breeze.ipynb #5e9400ab

@@ -20,19 +20,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
-
-# %% ../../nbs/2_data/25_ingest.ipynb #3fd3ec03
 from functools import partial
 from pathlib import Path
 from typing import Any
+
 import numpy as np
 import pandas as pd
+
 from ..core.errors import BrokerError, DataError, SenseQuantError
 from ..core.events import make_folder
 from ..core.fanout import fan_out
 from ..core.settings import Settings
-
-# %% ../../nbs/2_data/25_ingest.ipynb #95703580
 from ..core.state import State
 from ..core.types import IST, REJECT_COLUMNS, Feed, Fetched, Interval
 from .bars import BarStore, between, hash_bars, no_bars, resample_bars
@@ -40,8 +38,6 @@ from .coverage import Coverage, Span, coverage, coverage_report, find_gaps
 from .csv_bars import likely_interval
 from .feeds import HybridFeed
 from ..market.bar_rules import SET_APART as OFF_HOURS
-
-# %% ../../nbs/2_data/25_ingest.ipynb #76905bf2
 from sensequant.market.breeze_protocol import (
     DaySpent,
     NotConnected,

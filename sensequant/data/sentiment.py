@@ -19,16 +19,14 @@ from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-# %% ../../nbs/2_data/28_sentiment.ipynb #94624416
 import numpy as np
 import pandas as pd
+
 from ..core.artifacts import write_together
 from ..core.errors import DataError, SettingsError
 from ..core.events import json_bytes, make_folder
 from ..core.settings import Settings
 from ..core.types import IST, Interval
-
-# %% ../../nbs/2_data/28_sentiment.ipynb #c4c49523
 from sensequant.data.news import (
     Allowed,
     Answer,
@@ -50,8 +48,6 @@ from sensequant.data.news import (
     left,
 )
 from ..market.calendar import session_hours
-
-# %% ../../nbs/2_data/28_sentiment.ipynb #452390cd
 from sensequant.market.headlines import (
     FinanceScorer,
     HeadlineScorer,

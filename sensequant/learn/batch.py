@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any
-import numpy as np
 
-# %% ../../nbs/5_learn/53_batch.ipynb #2ed2c0df
+import numpy as np
 import pandas as pd
 from threadpoolctl import threadpool_limits
+
 from ..core.artifacts import parquet_bytes
 from ..core.errors import DataError, GateError
 from ..core.events import json_bytes
@@ -29,8 +29,6 @@ from ..core.fanout import Outcome, fan_out
 from ..core.types import IST, Interval
 from ..data.runs import Inputs, Run, pinned_bars, read_inputs
 from ..features.features import FEATURES, features
-
-# %% ../../nbs/5_learn/53_batch.ipynb #5a1a4464
 from ..features.indicators import indicators
 from ..features.labels import CLASSES, forward_labels
 from sensequant.features.windows import (

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta
 from typing import Any, NamedTuple
+
 import numpy as np
 
-# %% ../../nbs/8_live/86_sandbox_desk.ipynb #6a033249
 from ..core.errors import SettingsError
 from ..core.types import IST, Interval
 from sensequant.live.sandbox_faults import (
@@ -37,8 +37,6 @@ from sensequant.live.sandbox_faults import (
     short_envelope,
 )
 from .sandbox_feeds import Replay, StreamSpec
-
-# %% ../../nbs/8_live/86_sandbox_desk.ipynb #f2b8c8b6
 from sensequant.live.sandbox_market import (
     Library,
     Listing,

@@ -17,19 +17,17 @@ import socket
 import sys
 import textwrap
 from collections.abc import Callable
-
-# %% ../../nbs/9_ops/97_broker_cli.ipynb #db153b45
 from dataclasses import asdict, dataclass, replace
 from datetime import date, datetime
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
+
 import typer
 from dotenv.parser import parse_stream
 from pydantic import SecretStr
 
-# %% ../../nbs/9_ops/97_broker_cli.ipynb #8e304227
 from ..core.artifacts import temporary_beside
 from ..core.errors import BrokerError, DataError, SenseQuantError, SettingsError
 from ..core.events import make_folder, sync_folder, write_refusal, write_whole

@@ -22,19 +22,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 from functools import partial
-
-# %% ../../nbs/9_ops/96_data_cli.ipynb #23a7659a
 from pathlib import Path
 from typing import Annotated, Any
+
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
+
 from ..core.errors import BrokerError, DataError, SenseQuantError, SettingsError
 from ..core.settings import Settings, load_settings
 from ..core.types import IST, Interval
-
-# %% ../../nbs/9_ops/96_data_cli.ipynb #2ac672b3
 from sensequant.ops.cli import (
     FAILED,
     INTERRUPTED,

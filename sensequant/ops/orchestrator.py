@@ -19,20 +19,18 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-
-# %% ../../nbs/9_ops/94_orchestrator.ipynb #acabbdbf
 from datetime import date
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
+
 import nbformat
 import pandas as pd
 import papermill
 from jupyter_core.utils import ensure_event_loop
 from papermill.exceptions import PapermillExecutionError
-
-# %% ../../nbs/9_ops/94_orchestrator.ipynb #ddd8b62a
 from traitlets.config import Config
+
 from ..core.artifacts import RECORD, sha256_file, write_atomic
 from ..core.errors import DataError, SenseQuantError, SettingsError
 from sensequant.core.events import (
@@ -42,8 +40,6 @@ from sensequant.core.events import (
     read_events,
     write_refusal,
 )
-
-# %% ../../nbs/9_ops/94_orchestrator.ipynb #2d327aa7
 from sensequant.core.settings import (
     PREFIX,
     SECRETS,
@@ -60,8 +56,6 @@ from ..core.state import State
 from ..core.types import Feed, Interval
 from ..data.bars import BarStore
 from ..data.coverage import Span
-
-# %% ../../nbs/9_ops/94_orchestrator.ipynb #eea4ab02
 from ..data.feeds import INDEX_CODES, make_feed
 from ..data.ingest import too_many_rejected
 from sensequant.data.runs import (
@@ -75,8 +69,6 @@ from sensequant.data.runs import (
 )
 from ..features.windows import PlannedWindow, cut_windows
 from ..govern.briefing import headline, partial_briefing
-
-# %% ../../nbs/9_ops/94_orchestrator.ipynb #53c2ccaa
 from sensequant.govern.pages import (
     Heading,
     frame_page,
