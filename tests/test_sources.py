@@ -58,6 +58,32 @@ def test_books_count_where_a_market_held_them(run):
     assert table.loc["order book", "covered (%)"] == pytest.approx(100 * held["share"])
 
 
+def test_bars_of_the_warm_up_are_not_counted(run):
+    "The same books over a range that begins later: only its own bars are asked."
+    store = BookStore(run.home / "data" / "books")
+    for day in DAYS[:10]:
+        store.append([book("TCS", day, "breeze")])
+    later = replace(INPUTS, start=DAYS[8].date())
+    pin_sources(run, later, load_settings(home=run.home))
+    held = run.artifacts.read_json("sources.json")["order_book"]["symbols"]
+    assert held == {"TCS": 2 / (len(DAYS) - 8), "INFY": 0.0}
+
+
+def test_an_action_after_the_last_bar_read_changes_nothing(tmp_path):
+    "A split announced for next week must not halve what is read today."
+    store, halves = BarStore(tmp_path), {"price_factor": 0.5, "volume_factor": 2.0}
+    bars = random_bars(len(DAYS)).set_axis(DAYS.rename("ts"))
+    store.write("vendor", "TCS", Interval.DAY, bars)
+    row = dict.fromkeys(ACTION_COLUMNS, "") | {"symbol": "TCS", "kind": "split"} | halves
+    row |= {"ex_date": DAYS[10], "price_shift_inr": 0.0, "applies_to": "any"}
+    table = pd.DataFrame([row | {"status": "confirmed"}])
+    for end, changed in ((DAYS[9].date(), False), (DAYS[10].date(), True)):
+        raw = store.read("vendor", "TCS", Interval.DAY, end=end)
+        told = store.read("vendor", "TCS", Interval.DAY, end=end, adjust=table)
+        assert (told["close"] != raw["close"]).any() == changed
+        assert told["close"].iloc[-1] == raw["close"].iloc[-1]
+
+
 def test_sentiment_is_said_to_cover_the_days_a_provider_spoke_for(run):
     "Headlines of one share: two thirds of nothing is still nothing for the other."
     path = run.home / "headlines.csv"

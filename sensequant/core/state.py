@@ -7,7 +7,6 @@ __all__ = ['MIGRATIONS', 'R', 'WINDOW_KINDS', 'CANDIDATE_STATUSES', 'ENVIRONMENT
            'PhaseRecord', 'WindowRecord', 'CandidateRecord', 'ApprovalRecord', 'FetchRecord', 'State']
 
 # %% ../../nbs/0_core/04_state.ipynb #e8c087d4
-import fcntl
 import json
 import os
 import sqlite3
@@ -22,7 +21,7 @@ from typing import Any, Self, TypeVar
 import psutil
 
 from .errors import DataError, GateError
-from .events import STATUSES, json_ready
+from .events import STATUSES, json_ready, locked
 from .types import IST
 
 # %% ../../nbs/0_core/04_state.ipynb #b97d6462
@@ -95,9 +94,7 @@ class _File:
 # %% ../../nbs/0_core/04_state.ipynb #b29b519f
 def _connect(path: Path, busy_s: float) -> sqlite3.Connection:
     "An open connection to a file that is up to date; one process at a time gets it there."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(path.name + ".lock"), "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(path.with_name(path.name + ".lock")):
         connection = sqlite3.connect(
             path, timeout=busy_s, isolation_level=None, check_same_thread=False
         )

@@ -15,7 +15,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from pathlib import Path
@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from ..core.artifacts import write_atomic, write_together
 from ..core.errors import DataError
-from ..core.events import json_bytes, make_folder, write_refusal
+from ..core.events import json_bytes, locked, make_folder, write_refusal
 from ..core.types import BAR_COLUMNS, IST, REJECT_COLUMNS, SESSION_OPEN, Interval
 from ..market.actions import actions_for
 from ..market.actions import adjust as adjust_bars
@@ -289,12 +289,9 @@ def _joined_ranges(packed: list[bytes]) -> bytes:
     return pack_ranges(join_ranges(r for p in packed for r in unpack_ranges(p)))
 
 # %% ../../nbs/2_data/20_bars.ipynb #2c2b1ca0
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    "Hold the only right to write `path`, waiting for whoever has it."
-    with open(path.with_name(f".{path.name.removesuffix('.parquet')}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _locked(path: Path) -> AbstractContextManager:
+    "The only right to write `path`, waiting for whoever has it."
+    return locked(path.with_name(f".{path.name.removesuffix('.parquet')}.lock"))
 
 # %% ../../nbs/2_data/20_bars.ipynb #8ff2737d
 @contextmanager
@@ -533,11 +530,13 @@ class BarFiles:
         interval: Interval,
         start: date | None = None,  # first session, None for all
         end: date | None = None,  # last session, included
-        adjust: pd.DataFrame | None = None,  # corporate actions, `ACTION_COLUMNS`; None: raw bars
+        adjust: pd.DataFrame | None = None,  # `ACTION_COLUMNS`, those up to the last bar; None: raw
     ) -> pd.DataFrame:
         "Bars held, possibly fewer than the range has sessions."
         bars = between(_read(self._place(source, symbol, interval), start, end).bars, start, end)
-        return bars if adjust is None else adjust_bars(bars, actions_for(adjust, symbol, source))
+        if adjust is None or bars.empty:
+            return bars
+        return adjust_bars(bars, actions_for(adjust, symbol, source), as_of=bars.index[-1])
 
 # %% ../../nbs/2_data/20_bars.ipynb #1f37af63
 class HeldBars(BarFiles):

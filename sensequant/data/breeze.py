@@ -10,7 +10,6 @@ __all__ = ['SYSTEM_CLOCK', 'MINUTE_S', 'HELD_S', 'SDK', 'SDK_LEAST', 'T', 'DOCUM
 # %% ../../nbs/2_data/22_breeze.ipynb #25f66ae9
 import builtins
 import copy
-import fcntl
 import importlib
 import importlib.metadata
 import importlib.util
@@ -42,7 +41,7 @@ import pandas as pd
 from pydantic import SecretStr
 
 from ..core.errors import BrokerError, DataError, SettingsError
-from ..core.events import make_folder
+from ..core.events import locked
 from ..core.settings import Settings, load_settings
 from ..core.types import IST, Fetched, Interval
 from ..market.bar_rules import judge_frame
@@ -122,9 +121,7 @@ CREATE TABLE IF NOT EXISTS pause (id INTEGER PRIMARY KEY CHECK (id = 1), until R
 
 def _open_tables(path: Path) -> sqlite3.Connection:
     "A connection to the file of an allowance; one process at a time makes it."
-    make_folder(path.parent)
-    with open(path.with_name(path.name + ".lock"), "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(path.with_name(path.name + ".lock")):
         opened = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
         opened.execute("PRAGMA journal_mode = WAL")
         opened.execute("PRAGMA synchronous = NORMAL")
@@ -833,9 +830,6 @@ def _twice(frame: pd.DataFrame) -> np.ndarray:  # bool, (n_rows,)
     return frame.duplicated().to_numpy()
 
 
-_JUDGING = threading.Lock()  # the rules load a library at their first call
-
-
 def _judge(
     frame: pd.DataFrame,  # from `rows_frame`
     ask: Ask,
@@ -845,8 +839,7 @@ def _judge(
     twice = _twice(frame) & ~strange
     notes = [f"{strange.sum()} rows of days that were not asked for"] * bool(strange.any())
     notes += [f"{twice.sum()} rows came twice"] * bool(twice.any())
-    with _JUDGING:
-        judged = judge_frame(frame[~strange & ~twice], ask.interval, f"Breeze {ask.isec_code}")
+    judged = judge_frame(frame[~strange & ~twice], ask.interval, f"Breeze {ask.isec_code}")
     return judged.bars, judged.rejected, (*notes, *judged.notes)
 
 # %% ../../nbs/2_data/22_breeze.ipynb #8cee4474

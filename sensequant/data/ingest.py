@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'NOTHING_AGAIN', 'INTRADAY_FROM', 'HOPELESS', 'GIVE_UP_AFTER', 'SET_APART', 'HANDFUL', 'Watch', 'OnResult',
-           'FetchPlan', 'plan_from', 'last_closed', 'settled', 'Notice', 'Chunk', 'SymbolPlan', 'asked_interval',
-           'doubtful', 'plan_symbol', 'Patience', 'unbelievable', 'unknown_session', 'ChunkResult', 'fetch_chunk',
-           'SymbolFill', 'Progress', 'Filled', 'Watchers', 'service_of', 'fill', 'make_quarters', 'incremental_span',
-           'remember', 'SymbolResult', 'too_many_rejected', 'stored', 'ingest_one', 'judge_filled', 'IngestResult',
-           'ingest', 'read_range']
+           'FetchPlan', 'plan_from', 'last_closed', 'settled', 'Notice', 'Chunk', 'SymbolPlan', 'doubtful',
+           'plan_symbol', 'Patience', 'unbelievable', 'unknown_session', 'ChunkResult', 'fetch_chunk', 'SymbolFill',
+           'Progress', 'Filled', 'Watchers', 'service_of', 'fill', 'make_quarters', 'incremental_span', 'remember',
+           'SymbolResult', 'too_many_rejected', 'stored', 'ingest_one', 'judge_filled', 'IngestResult', 'ingest',
+           'read_range']
 
 # %% ../../nbs/2_data/25_ingest.ipynb #70b70506
 import fcntl
@@ -36,7 +36,7 @@ from ..core.types import IST, REJECT_COLUMNS, Feed, Fetched, Interval
 from .bars import BarStore, between, hash_bars, no_bars, resample_bars
 from .coverage import Coverage, Span, coverage, coverage_report, find_gaps
 from .csv_bars import likely_interval
-from .feeds import HybridFeed
+from .feeds import HybridFeed, asked_interval
 from ..market.bar_rules import SET_APART as OFF_HOURS
 from sensequant.market.breeze_protocol import (
     DaySpent,
@@ -46,7 +46,7 @@ from sensequant.market.breeze_protocol import (
     WrongKey,
 )
 from ..market.calendar import is_session, previous_session, session_hours, sessions
-from ..market.ranges import Days, HeldRange, plan_chunks
+from ..market.ranges import Days, HeldRange, missing_spans, plan_chunks
 
 # %% ../../nbs/2_data/25_ingest.ipynb #92f3ca48
 @dataclass(frozen=True)
@@ -137,11 +137,6 @@ class SymbolPlan:
     refusal: SenseQuantError | None = None  # why it cannot be planned, None as a rule
 
 
-def asked_interval(interval: Interval) -> Interval:
-    "The interval a service is asked for: quarter hours are made of five minutes."
-    return Interval.MINUTE_5 if interval == Interval.MINUTE_15 else interval
-
-
 NOTHING, NOTHING_AGAIN = "; nothing came", "; nothing came on two days"  # end of an origin
 INTRADAY_FROM = date(2022, 3, 9)  # Source: issue 3, "5-minute bars begin on 2022-03-09"
 
@@ -205,24 +200,24 @@ def plan_symbol(
     aside = store.repair(feed.name, symbol, interval)
     text = "a damaged store file was kept as {}"
     notices += tuple(Notice("damaged", symbol, text.format(p.name)) for p in aside)
-    missing = store.missing(feed.name, symbol, interval, span.start, end)
-    held_ranges = store.ranges(feed.name, symbol, interval)
-    doubted = _doubted(feed, held_ranges, (symbol, interval), plan.moment)
+    ranges = store.ranges(feed.name, symbol, interval)
+    doubted = _doubted(feed, ranges, (symbol, interval), plan.moment)
     doubt = [d for d in doubted if span.start <= d[0] <= d[1] <= end]
-    named = [(a, min(b, end)) for a, b in again or () if a <= end]
-    gaps = [(span.start, end)] if plan.force else sorted([*missing, *doubt])
-    gaps = gaps if again is None else named
+    if again is not None:
+        gaps = [(a, min(b, end)) for a, b in again if a <= end]
+    elif plan.force:
+        gaps = [(span.start, end)]
+    else:
+        gaps = sorted([*missing_spans(ranges, span.start, end), *doubt])
     whole = plan_chunks(interval, span.start, end, plan.chunk_days)
     held = sum(not any(a <= last and first <= b for a, b in gaps) for first, last in whole)
     days = (c for gap in gaps for c in plan_chunks(interval, *gap, plan.chunk_days))
     listed = None if interval == Interval.DAY else _listing(feed, symbol)
-    fresh, asked = (
-        plan.force or again is not None,
-        (d for d in days if not listed or d[1] >= listed),
-    )
+    fresh = plan.force or again is not None
     chunks = tuple(
         Chunk(symbol, interval, *d, again=fresh or any(a <= d[0] <= b for a, b in doubt))
-        for d in asked
+        for d in days
+        if not listed or d[1] >= listed
     )
     return SymbolPlan(symbol, span, held, chunks, notices)
 

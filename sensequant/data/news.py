@@ -28,7 +28,7 @@ from urllib.parse import quote_plus, urlsplit
 import pandas as pd
 
 from ..core.errors import DataError, SettingsError
-from ..core.events import append_lines, make_folder, write_refusal
+from ..core.events import append_lines, locked, make_folder, write_refusal
 from ..core.types import IST
 from ..market.headlines import Company, Item
 
@@ -176,23 +176,7 @@ def _bucket(
 
 def _alone(file: Path | None) -> AbstractContextManager:
     "One process or thread at a time, where there is a file to share."
-    return nullcontext() if file is None else _Lock(file.with_name(file.name + ".lock"))
-
-# %% ../../nbs/2_data/27_news.ipynb #72e0bb14
-class _Lock:
-    "Waits for whoever holds the file; given back when the process dies."
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> None:
-        import fcntl
-
-        self._held = self.path.open("w")
-        fcntl.flock(self._held, fcntl.LOCK_EX)
-
-    def __exit__(self, *_: object) -> None:
-        self._held.close()
+    return nullcontext() if file is None else locked(file.with_name(file.name + ".lock"))
 
 # %% ../../nbs/2_data/27_news.ipynb #2250a7f6
 def take(quota: Quota) -> None:

@@ -22,7 +22,7 @@ from ..core.events import EventLog
 from ..core.settings import Settings, load_settings
 from ..core.state import State
 from ..core.types import Feed, Interval
-from .bars import BarStore, check_bars, hash_bars
+from .bars import BarStore, between, check_bars, hash_bars
 from .books import BookStore, book_share, join_books
 from .coverage import Span
 from .csv_bars import read_csv_bars
@@ -309,14 +309,13 @@ def benchmark_returns(
 
 # %% ../../nbs/2_data/29_runs.ipynb #da690d7c
 def _book_shares(run: Run, inputs: Inputs) -> dict[str, float]:
-    "Share of each symbol's bars with a real order book, in [0, 1]."
+    "Share of each symbol's bars with a real order book, in [0, 1]; bars of the warm-up apart."
     store, shares = BookStore(run.home / "data" / "books"), {}
     for symbol in inputs.symbols:
         books = store.read(symbol, inputs.start, inputs.end)
-        index = pinned_bars(run, symbol).index if len(books) else pd.DatetimeIndex([])
-        shares[symbol] = (
-            book_share(join_books(index, books, inputs.interval)) if len(index) else 0.0
-        )
+        rows = between(pinned_bars(run, symbol), inputs.start) if len(books) else books
+        joined = join_books(rows.index, books, inputs.interval) if len(rows) else rows
+        shares[symbol] = book_share(joined)
     return shares
 
 

@@ -13,7 +13,6 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date, datetime, timedelta
 from pathlib import Path
@@ -24,7 +23,7 @@ import pandas as pd
 
 from ..core.artifacts import write_together
 from ..core.errors import DataError, SettingsError
-from ..core.events import json_bytes, make_folder
+from ..core.events import json_bytes, locked
 from ..core.settings import Settings
 from ..core.types import IST, Interval
 from sensequant.data.news import (
@@ -370,17 +369,6 @@ class SnapshotStore:
         return sorted(found, key=lambda s: s.available_at)
 
 # %% ../../nbs/2_data/28_sentiment.ipynb #d18787f5
-@contextmanager
-def _only_writer(folder: Path) -> Any:
-    "The right to write the snapshots of one symbol."
-    import fcntl
-
-    make_folder(folder)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-# %% ../../nbs/2_data/28_sentiment.ipynb #ff1a7767
 def write_snapshots(
     store: SnapshotStore,
     snapshots: Sequence[Snapshot],  # of one symbol
@@ -393,7 +381,7 @@ def write_snapshots(
     by_day: dict[date, list[Snapshot]] = {}
     for snapshot in snapshots:
         by_day.setdefault(snapshot.date, []).append(snapshot)
-    with _only_writer(store.path(symbol, snapshots[0].date).parent):
+    with locked(store.path(symbol, snapshots[0].date).with_name(".lock")):
         files = {}
         for day, new in by_day.items():
             old = [s for s in store.read_day(symbol, day) if not (anew and s.asked == new[0].asked)]

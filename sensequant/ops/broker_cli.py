@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['breeze', 'TOKEN', 'KNOCK_S', 'EXPECTED', 'MOST_SKEW_S', 'MOST_WAIT_S', 'replace_line', 'store_token', 'knock',
-           'spell_session', 'login', 'Checked', 'run_checks', 'spell_rows', 'check', 'sandbox', 'read_day',
-           'read_rates']
+           'spell_session', 'login', 'Checked', 'run_checks', 'spell_rows', 'check', 'sandbox', 'read_rates']
 
 # %% ../../nbs/9_ops/97_broker_cli.ipynb #87311d89
 import io
@@ -41,7 +40,7 @@ from sensequant.market.breeze_protocol import (
     login_address,
     read_token,
 )
-from .cli import FAILED, FINISHED, INTERRUPTED, refuse, say
+from .cli import FAILED, FINISHED, INTERRUPTED, read_day, refuse, say
 
 # %% ../../nbs/9_ops/97_broker_cli.ipynb #ddec090e
 breeze = typer.Typer(help="The broker ICICI Breeze.", no_args_is_help=True, add_completion=False)
@@ -417,29 +416,18 @@ def sandbox(
         say("\n".join(menu_lines()))
         return
     try:
-        days = (read_day(start, "--start"), read_day(end, "--end"))
+        days: Any = {"start": read_day(start, "--start"), "end": read_day(end, "--end")}
         if not scale > 0:
             must = "--scale must be above 0"
             fix = "1 is as strict as Breeze, 10 allows ten times as many requests"
             raise SettingsError(must, scale, "--scale", fix)
-        market: Any = MarketSpec(symbols, *days, seed, signal_ic)
+        market: Any = MarketSpec(symbols, seed=seed, signal_ic=signal_ic, **days)
         if stored:
             market = Stored(load_settings().home / "data" / "bars", stored)
         spec = SandboxSpec(market, port, scale=scale, seed=seed, rates=read_rates(faults))
         serve(spec, say)
     except SenseQuantError as error:
         raise refuse(error) from None
-
-# %% ../../nbs/9_ops/97_broker_cli.ipynb #cb535e50
-def read_day(
-    text: str,  # YYYY-MM-DD
-    option: str,  # where it was typed, for the message
-) -> date:
-    "A day as a person types it."
-    try:
-        return date.fromisoformat(text)
-    except ValueError:
-        raise SettingsError("a day must read as 2024-01-31", text, option) from None
 
 # %% ../../nbs/9_ops/97_broker_cli.ipynb #be708820
 def read_rates(

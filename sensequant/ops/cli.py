@@ -5,15 +5,17 @@ may rely on."""
 
 # %% auto #0
 __all__ = ['FINISHED', 'FAILED', 'USAGE', 'MISSED', 'BUSY', 'INTERRUPTED', 'app', 'say', 'refuse', 'LineWatcher', 'BarWatcher',
-           'watcher', 'read_symbols', 'read_assignments', 'present', 'close', 'run', 'resume', 'report', 'runs',
-           'settings']
+           'watcher', 'read_symbols', 'read_day', 'read_assignments', 'present', 'close', 'run', 'resume', 'report',
+           'runs', 'settings']
 
 # %% ../../nbs/9_ops/95_cli.ipynb #fb7f9a27
 import json
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -156,6 +158,19 @@ def read_symbols(
     if not names and (symbols is not None or symbols_file is not None):
         raise DataError("at least one symbol must be named", "none", symbols_file or "--symbols")
     return names
+
+# %% ../../nbs/9_ops/95_cli.ipynb #5d691316
+def read_day(
+    text: str | None,  # YYYY-MM-DD
+    name: str,  # option, for the message
+) -> date | None:  # None where nothing was typed
+    "The day a person typed."
+    if not text:
+        return None
+    try:
+        return date(*time.strptime(text, "%Y-%m-%d")[:3])
+    except ValueError:
+        raise SettingsError(f"{name} must be a day such as 2024-01-31", text, name) from None
 
 # %% ../../nbs/9_ops/95_cli.ipynb #accedee5
 def read_assignments(

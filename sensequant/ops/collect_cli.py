@@ -23,6 +23,7 @@ from sensequant.ops.cli import (
     FINISHED,
     MISSED,
     read_assignments,
+    read_day,
     read_symbols,
     refuse,
     say,
@@ -35,13 +36,7 @@ def read_range(
     incremental: bool,  # without a start: go on where each symbol stopped
 ) -> tuple[date | None, date]:  # first day, None for where each symbol stopped; last day
     "The days a person named."
-    days = {}
-    for name, text in {"--start": start, "--end": end}.items():
-        try:
-            days[name] = date.fromisoformat(text) if text else None
-        except ValueError:
-            raise SettingsError("a day must read as 2024-01-31", text, name) from None
-    first, last = days["--start"], days["--end"] or datetime.now(IST).date()
+    first, last = read_day(start, "--start"), read_day(end, "--end") or datetime.now(IST).date()
     if first is None and not incremental:
         raise SettingsError(
             "the first day must be named", "none", "--start", "Or use --incremental"
