@@ -32,6 +32,6 @@ setup(
     packages=find_packages(include=["sensequant*"]),
     package_data={"sensequant": ["py.typed", "market/facts/*.csv"]},
     install_requires=lines("requirements"),
-    extras_require={"dev": lines("dev_requirements")},
+    extras_require={name: lines(f"{name}_requirements") for name in ("dask", "research", "dev")},
     entry_points={"console_scripts": lines("console_scripts")},
 )

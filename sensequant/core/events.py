@@ -251,6 +251,9 @@ EVENT_TYPES = (
     "student_batch_end",
     "validation_complete",
     "stat_test_complete",
+    "device_choice",
+    "setting_note",
+    "usage_sample",
     "warning",
 )
 STATUSES = ("running", "success", "skipped", "failed", "interrupted", "partial")
