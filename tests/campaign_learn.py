@@ -1,0 +1,177 @@
+"""What the learning path finds where nothing is, where something is, and what breaks it.
+
+    python tests/campaign_learn.py markets --seeds 10 --signal 0      # nothing to find
+    python tests/campaign_learn.py markets --seeds 4 --signal 0.05    # a planted signal
+    python tests/campaign_learn.py shift --shifts 20,60,250           # labels moved in a circle
+    python tests/campaign_learn.py faults                             # kills, a full disk, dead devices
+
+Nothing here passes or fails; it prints what was measured, for a person to read. The tests hold the
+same properties at a smaller size.
+"""
+
+import argparse
+import json
+import os
+import signal
+import tempfile
+import threading
+import time
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+
+from sensequant.backtest.metrics import rank_ic
+from sensequant.core.types import Interval
+from sensequant.data.runs import Inputs, Run, pin_bars, pin_inputs
+from sensequant.learn import tables
+from sensequant.learn.batch import BatchRules, train_students, train_teachers
+from sensequant.learn.predictions import chain_predictions
+from sensequant.learn.records import count_outcomes
+from sensequant.learn.tables import Recipe, WindowSpec
+from sensequant.learn.teacher import TeacherSpec
+from sensequant.market.simulator import MarketSpec, simulate
+
+FIRST, START, END = date(2021, 7, 5), date(2022, 1, 1), date(2024, 12, 31)
+SCOPES = ("symbol", "pooled")
+
+
+def made_run(spec: MarketSpec) -> Run:
+    """A run over a simulated market, in a home of its own."""
+    run = Run("live_candidate_20240101_093000", Path(tempfile.mkdtemp(prefix="learn-")))
+    market = simulate(spec)
+    for symbol in market.symbols:
+        pin_bars(run, symbol, market.bars(symbol))
+    listed = {s: None for s in market.symbols}
+    pin_inputs(run, Inputs(START, END, Interval.DAY, True, listed, None))
+    with run.state as state:
+        state.start_run(run.run_id, {}, os.getpid(), True)
+    return run
+
+
+def recipe_of(trees: int) -> Recipe:
+    """The default recipe, or one with fewer and faster trees."""
+    rate = 0.01 * 500 / trees
+    return Recipe(teacher=TeacherSpec(n_estimators=trees, learning_rate=rate), compare_scopes=True)
+
+
+def said_by_scope(run: Run, recipe: Recipe, workers: int) -> dict[str, pd.DataFrame]:
+    """Train everything; the out-of-sample predictions of both scopes."""
+    rules = BatchRules(workers)
+    train_teachers(run, recipe, rules)
+    train_students(run, batch=rules)
+    return {s: chain_predictions(run, recipe, s) for s in SCOPES}
+
+
+def pooled_t(ics: list[pd.Series], lags: int) -> tuple[float, float]:
+    """Mean of the daily ICs of several seeds and its error, clustered by date, with HAC lags.
+
+    Seeds are independent markets, so their dates share nothing; each seed's series is studentised
+    with its own lags and the variances of the means are added.
+    """
+    means, variances = [], []
+    for ic in ics:
+        x = ic.to_numpy() - ic.mean()
+        n, total = len(x), float(x @ x)
+        for k in range(1, lags + 1):
+            total += 2 * (1 - k / (lags + 1)) * float(x[k:] @ x[:-k])
+        means.append(ic.mean())
+        variances.append(total / n / n)
+    m = len(ics)
+    return float(np.mean(means)), float(np.sqrt(np.sum(variances)) / m)
+
+
+def markets(args: argparse.Namespace) -> None:
+    """Rank IC of both scopes on simulated markets, seed by seed and together."""
+    recipe, found = recipe_of(args.trees), {s: [] for s in SCOPES}
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        began = time.perf_counter()
+        spec = MarketSpec(args.symbols, FIRST, END, seed, args.signal, late_listing_frac=0.0)
+        said = said_by_scope(made_run(spec), recipe, args.workers)
+        line = [f"seed {seed:>3}"]
+        for scope, predictions in said.items():
+            ic = rank_ic(predictions, recipe.label.horizon_days)
+            found[scope].append(ic.by_date)
+            line.append(f"{scope} IC {ic.mean:+.4f} t {ic.t:+.2f} ({ic.n_dates} dates)")
+        print("  ".join(line), f" {time.perf_counter() - began:.0f} s", flush=True)
+    for scope, ics in found.items():
+        mean, error = pooled_t(ics, recipe.label.horizon_days - 1)
+        print(f"{scope:<8} mean IC {mean:+.5f}, error {error:.5f}, {mean / error:+.2f} errors of 0")
+
+
+def shift(args: argparse.Namespace) -> None:
+    """The whole path on a planted market whose labels are moved in a circle, by date."""
+    recipe = recipe_of(args.trees)
+    spec = MarketSpec(args.symbols, FIRST, END, args.first_seed, args.signal, late_listing_frac=0.0)
+    plain = tables.make_labels
+    for k in (0, *args.shifts):
+
+        def moved(bars: pd.DataFrame, label: object, interval: Interval, k: int = k):
+            made = plain(bars, label, interval)
+            values = ["label", "forward_return"]
+            rolled = made[values].to_numpy()
+            known = made["label"].notna().to_numpy()
+            rolled[known] = np.roll(rolled[known], k, axis=0)
+            return made.assign(**dict(zip(values, rolled.T, strict=True))).astype(made.dtypes)
+
+        tables.make_labels = moved
+        said = said_by_scope(made_run(spec), recipe, workers=1)  # the patch lives in this process
+        tables.make_labels = plain
+        for scope, predictions in said.items():
+            ic = rank_ic(predictions, recipe.label.horizon_days)
+            print(f"shift {k:>4}  {scope:<8} IC {ic.mean:+.4f}  t {ic.t:+.2f}", flush=True)
+
+
+def kill_some(times: list[float], told: list[str]) -> None:
+    """Kill a worker of this process at each of the moments, in seconds from now."""
+    began = time.perf_counter()
+    for moment in times:
+        time.sleep(max(0.0, began + moment - time.perf_counter()))
+        workers = [p for p in psutil.Process().children() if "loky" in " ".join(p.cmdline())]
+        if workers:
+            os.kill(workers[0].pid, signal.SIGKILL)
+            told.append(f"worker {workers[0].pid} after {moment:.0f} s")
+
+
+def faults(args: argparse.Namespace) -> None:
+    """A batch with killed workers, a symbol that breaks and a folder in the way."""
+    recipe = Recipe(WindowSpec(), teacher=TeacherSpec(n_estimators=args.trees), compare_scopes=True)
+    run = made_run(MarketSpec(args.symbols, FIRST, END, 1, 0.0, late_listing_frac=0.0))
+    broken = run.folder / "bars" / "SIM003.parquet"
+    broken.write_bytes(broken.read_bytes()[:-100] + b"x" * 100)
+    blocked = "SIM005_2022-01-01_to_2022-06-29"
+    (run.folder / "teacher" / blocked / "model.txt.zst").mkdir(parents=True)
+    told: list[str] = []
+    killer = threading.Thread(target=kill_some, args=([6.0, 12.0, 18.0], told), daemon=True)
+    killer.start()
+    records = train_teachers(run, recipe, BatchRules(args.workers))
+    print("killed:", "; ".join(told))
+    print("outcomes:", count_outcomes(records))
+    for r in [r for r in records if r.status == "failed"]:
+        print(f"  {r.window_label}: {r.message[:110]} (tries {r.tries})")
+    clean = made_run(MarketSpec(args.symbols, FIRST, END, 1, 0.0, late_listing_frac=0.0))
+    again = {r.window_label: r.artifacts for r in train_teachers(clean, recipe, BatchRules(1))}
+    same = [r.artifacts == again[r.window_label] for r in records if r.scope == "symbol" and r.artifacts]
+    print(f"of {len(same)} symbol windows, {sum(same)} have the bytes of an undisturbed batch")
+    print(json.dumps(count_outcomes(train_teachers(run, recipe, BatchRules(args.workers)))))
+
+
+def main() -> None:
+    """Read the words and measure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("markets", "shift", "faults"))
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first-seed", type=int, default=101)
+    parser.add_argument("--signal", type=float, default=0.0)
+    parser.add_argument("--symbols", type=int, default=60)
+    parser.add_argument("--trees", type=int, default=500)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--shifts", type=lambda t: [int(k) for k in t.split(",")], default=[20, 60])
+    args = parser.parse_args()
+    {"markets": markets, "shift": shift, "faults": faults}[args.what](args)
+
+
+if __name__ == "__main__":
+    main()
