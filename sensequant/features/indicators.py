@@ -66,10 +66,12 @@ def sum_since_open(
     starts: np.ndarray,  # from `session_starts`
 ) -> np.ndarray:  # (n_bars,)
     "The sum of `values` from the session's first bar to each bar."
-    total = np.empty(len(values))
-    for first, last in zip(starts, [*starts[1:], len(values)], strict=True):
-        np.cumsum(values[first:last], out=total[first:last])
-    return total
+    sizes = np.diff(np.r_[starts, len(values)])
+    longest = sizes.max(initial=0)
+    place = np.arange(len(values)) + np.repeat(longest * np.arange(len(starts)) - starts, sizes)
+    grid = np.zeros((len(starts), longest))  # a row a session
+    grid.ravel()[place] = values
+    return grid.cumsum(axis=1).ravel()[place]
 
 # %% ../../nbs/3_features/30_indicators.ipynb #32478e86
 VWAP_SPAN = 20  # daily bars; a trading month
