@@ -12,6 +12,7 @@ from .broker_cli import breeze, sandbox
 from .cli import app
 from .collect_cli import books, sentiment
 from .data_cli import data
+from .train_cli import bench, devices
 
 # %% ../../nbs/9_ops/99_main.ipynb #24ca49b5
 data.command()(sentiment)
@@ -19,6 +20,8 @@ data.command()(books)
 app.add_typer(data, name="data")
 app.add_typer(breeze, name="breeze")
 app.command()(sandbox)
+app.command()(devices)
+app.add_typer(bench, name="bench")
 
 # %% ../../nbs/9_ops/99_main.ipynb #c2f104de
 def main() -> None:
