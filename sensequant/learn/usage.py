@@ -8,6 +8,7 @@ __all__ = ['IDLE_PCT', 'Reading', 'read_processor', 'processor_load', 'assigned_
 
 # %% ../../nbs/5_learn/59_usage.ipynb #9726c9f6
 import os
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -192,10 +193,8 @@ def gpu_numbers(
     samples: pd.DataFrame,  # from `usage_table`
 ) -> list[int]:  # ascending
     "The GPUs that were sampled."
-    names = [
-        c.removeprefix("gpu").removesuffix("_pct") for c in samples.filter(regex=r"^gpu\d+_pct")
-    ]
-    return sorted(map(int, names))
+    found = (re.fullmatch(r"gpu(\d+)_pct", column) for column in samples.columns)
+    return sorted(int(match[1]) for match in found if match)
 
 
 def usage_summary(
@@ -230,7 +229,7 @@ def idle_devices(
     return tuple(idle)
 
 # %% ../../nbs/5_learn/59_usage.ipynb #2622a0dd
-_WORDS = "no one two three four five six seven eight nine ten eleven twelve".split()
+_WORDS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight")
 
 
 def _joined(names: Sequence[str]) -> str:
@@ -252,21 +251,21 @@ def usage_finding(
     if known:
         return _joined([f"GPU {n} was busy {b:.0f} %" for n, b in known.items()]) + " of the time"
     cores = int(samples["cores"].iloc[-1])
-    count = _WORDS[cores].capitalize() if cores < len(_WORDS) else f"{cores}"
+    count = _WORDS[cores] if cores < len(_WORDS) else str(cores)
     noun = "core was" if cores == 1 else "cores were"
     return f"{count} {noun} busy {samples['machine_pct'].mean():.0f} % of the time"
 
 # %% ../../nbs/5_learn/59_usage.ipynb #cde57bd6
 _POINTS = 240  # most points of a line; longer runs are averaged
 _SHOWN = 4  # most GPUs in one chart, the idlest first
+_MACHINE = "cores, whole machine"
 
 
 def _loads(samples: pd.DataFrame) -> pd.DataFrame:
     "The lines of the chart: % by minutes since the first sample."
-    by_load = sorted(
-        gpu_numbers(samples), key=lambda n: samples[f"gpu{n}_pct"].astype(float).mean()
-    )
-    columns = {"all that runs": "machine_pct", "this run": "own_pct"}
+    mean = {n: samples[f"gpu{n}_pct"].astype(float).mean() for n in gpu_numbers(samples)}
+    by_load = sorted(mean, key=lambda n: mean[n])
+    columns = {_MACHINE: "machine_pct", "cores, this run": "own_pct"}
     columns |= {f"GPU {n}": f"gpu{n}_pct" for n in sorted(by_load[:_SHOWN])}
     loads = samples[list(columns.values())].astype(float).set_axis(list(columns), axis=1)
     since = (samples.index - samples.index[0]) / pd.Timedelta("1min") if len(samples) else []
@@ -283,7 +282,10 @@ def usage_chart(
     "Load of processors and GPUs over time; the title is what it means."
     samples = usage_table(events)
     loads = _loads(samples)
-    card = lines(loads, usage_finding(samples), "busy, % of the device", benchmark="all that runs")
+    card = lines(loads, usage_finding(samples), "busy, % of the device", benchmark=_MACHINE)
     if len(loads):
-        card.axes[0].set_ylim(0, 105)
+        card.axes[0].set_ylim(-1, 105)
+        place = (0.5, -0.17)  # below the axes: lines may run anywhere on them
+        columns = loads.shape[1]
+        card.axes[0].legend(frameon=False, ncols=columns, loc="upper center", bbox_to_anchor=place)
     return card
