@@ -165,12 +165,11 @@ class Student:
 # %% ../../nbs/5_learn/53_student.ipynb #0fc549f8
 def _linear(spec: StudentSpec, n_rows: int) -> LogisticRegression | SGDClassifier:
     "The last step of a pipeline, not yet fitted."
+    l2 = max(spec.l2, 1e-6)
     if spec.kind == "logistic":
-        strength = {"C": 1 / spec.l2 if spec.l2 else np.inf}
-        solver = "newton-cholesky" if spec.l2 else "lbfgs"  # without a ridge it may be singular
-        return LogisticRegression(solver=solver, tol=1e-8, max_iter=1_000, **strength)
+        return LogisticRegression(C=1 / l2, solver="newton-cholesky", tol=1e-8, max_iter=1_000)
     steps = {"learning_rate": "adaptive", "eta0": 0.05, "max_iter": 1_000, "tol": 1e-4}
-    alpha = spec.l2 / (len(CLASSES) * n_rows)
+    alpha = l2 / (len(CLASSES) * n_rows)
     return SGDClassifier(loss="log_loss", alpha=alpha, random_state=spec.seed, **steps)
 
 # %% ../../nbs/5_learn/53_student.ipynb #89c2a29b
