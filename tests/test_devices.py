@@ -313,7 +313,7 @@ def test_the_idle_gpu_is_named(nvidia, tmp_path):
     from pathlib import Path
     import time
     from sensequant.core.events import EventLog, read_events
-    from sensequant.learn.usage import sampled, usage_chart, usage_summary, usage_table
+    from sensequant.ops.usage import sampled, usage_chart, usage_summary, usage_table
     log = EventLog(Path({str(tmp_path)!r}) / "events.jsonl", "live_candidate_20240101_000000")
     with sampled(log, every_s=0.05, slots=("cuda:0", "cuda:1")) as sampling:
         time.sleep(0.6)
@@ -334,7 +334,7 @@ def test_sampling_sees_the_workers_and_costs_little(tmp_path):
     from pathlib import Path
     import subprocess, sys, time
     from sensequant.core.events import EventLog, read_events
-    from sensequant.learn.usage import sampled, usage_table
+    from sensequant.ops.usage import sampled, usage_table
     log = EventLog(Path({str(tmp_path)!r}) / "events.jsonl", "live_candidate_20240101_000000")
     busy = "import time\\nt = time.process_time()\\nwhile time.process_time() - t < 1.5: pass"
     with sampled(log, every_s=0.25):
