@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIN_SYMBOLS', 'TARGET_LIMIT', 'stack', 'market_wide', 'rank_across', 'relative_target', 'known_together',
-           'relative_classes']
+           'relative_classes', 'ic_by_date']
 
 # %% ../../nbs/3_features/39_panel.ipynb #bdd53363
 from collections.abc import Mapping, Sequence
@@ -176,3 +176,19 @@ def relative_classes(
         raise SettingsError("a threshold must be 0 or more", threshold, "relative_classes")
     words = label_words(target.to_numpy(float), threshold)
     return pd.Series(words, index=target.index, name="label")
+
+# %% ../../nbs/3_features/39_panel.ipynb #80f65905
+def ic_by_date(
+    predictions: pd.DataFrame,  # columns symbol, ts, score, forward_return
+    min_symbols: int = 3,  # a date with fewer scored symbols has no order to speak of
+) -> pd.Series:  # Spearman correlation in [-1, 1] by ts; dates without one are left out
+    "Rank correlation across symbols of score and forward return, date by date."
+    require_columns(predictions, ["symbol", "ts", "score", "forward_return"], "predictions")
+    rows = predictions[["ts", "score", "forward_return"]].dropna().reset_index(drop=True)
+    ranks = rows.groupby("ts")[["score", "forward_return"]].rank()
+    ranks -= ranks.groupby(rows["ts"]).transform("mean")
+    a, b = ranks["score"], ranks["forward_return"]
+    terms = pd.DataFrame({"ab": a * b, "aa": a * a, "bb": b * b, "n": 1.0})
+    sums = terms.groupby(rows["ts"]).sum()
+    sums = sums[(sums["n"] >= min_symbols) & (sums["aa"] > 0) & (sums["bb"] > 0)]
+    return (sums["ab"] / np.sqrt(sums["aa"] * sums["bb"])).rename("rank_ic")
