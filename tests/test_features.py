@@ -1,5 +1,5 @@
-"""What every column of the technical and the levels group must keep, on real and made bars: blind to
-the future, deaf to a past beyond the warm-up, free of scale, never infinite."""
+"""What every column of the technical and the levels group must keep, on real and made bars: blind
+to the future, deaf to a past beyond the warm-up, free of scale, never infinite."""
 
 import gzip
 from datetime import date

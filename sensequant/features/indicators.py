@@ -105,7 +105,8 @@ def _bands(close: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     n, middle = len(close), window_sum(close, BAND_SPAN) / BAND_SPAN
     squares = np.zeros(n)
     for k in range(min(BAND_SPAN, n)):
-        squares[k:] += (close[: n - k] - middle[k:]) ** 2
+        away = close[: n - k] - middle[k:]
+        squares[k:] += np.multiply(away, away, out=away)
     half = BAND_WIDTH * np.sqrt(squares / BAND_SPAN)
     return middle + half, middle, middle - half
 

@@ -320,10 +320,12 @@ def _around(close: np.ndarray, s: Sessions, turns: np.ndarray, lag: int) -> np.n
         if not s.atr[last] > 0:
             continue
         n = _swing_levels(s, turns, last, found, _heavy_levels(s, last, found))
-        for i in range(n):
-            found[i, 3] = _touches(s, last, found[i, 0])
+        found[:n, 3] = -1.0  # touches are counted for levels that are nearest to a bar
         for t in range(s.start[session], s.start[session + 1]):
             _nearest(found[:n], close[t], s.atr[last], best)
+            for i in best[SWING + 1]:
+                if i >= 0 and found[i, 3] < 0:
+                    found[i, 3] = _touches(s, last, found[i, 0])
             _fill(out[t], found, best, (close[t], s.atr[last]))
     return out
 
