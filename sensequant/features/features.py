@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DISTANCES', 'RETURN_SPANS', 'VOLUME_SPANS', 'TECHNICAL', 'OBV_SPAN', 'VOLATILITY_SPAN', 'FLOOR_FRAC', 'Columns',
-           'FEATURES', 'features', 'technical']
+           'TECHNICAL_WARMUP', 'FEATURES', 'features', 'technical', 'technical_warmup']
 
 # %% ../../nbs/3_features/32_features.ipynb #a3f8e31a
 from collections.abc import Iterator
@@ -131,6 +131,16 @@ def technical(
     for name, values in chain(*parts, _gap(b, bars.index, interval)):
         rows[name][:] = values
     return pd.DataFrame(block.T, bars.index, list(TECHNICAL), copy=False)
+
+# %% ../../nbs/3_features/32_features.ipynb #6797d86c
+TECHNICAL_WARMUP = 250  # bars; by then where the history began moves no value by 1e-6
+
+
+def technical_warmup(
+    interval: Interval,  # of the bars
+) -> int:  # bars
+    "Bars after which no value depends on where the history began, within 1e-6."
+    return TECHNICAL_WARMUP + (0 if interval is Interval.DAY else interval.bars_a_session)
 
 # %% ../../nbs/3_features/32_features.ipynb #110e3c63
 FEATURES, features = TECHNICAL, technical  # the names they had before there were other groups

@@ -71,21 +71,21 @@ def _spread(bins: np.ndarray, first: float, last: float, mass: float) -> None:
         first, last = 0.0, last - first
     if last > n:
         first, last = max(first - (last - n), 0.0), float(n)
-    for k in range(int(first), min(int(np.ceil(last)), n)):
-        bins[k] += mass * max(min(last, k + 1) - max(first, k), 0.0) / (last - first)
+    density, k = mass / (last - first), int(first)
+    while k < last and k < n:
+        bins[k] += density * (min(last, k + 1.0) - max(first, float(k)))
+        k += 1
 
 
 @njit(cache=True)
-def _sliced(start: np.ndarray, bars: np.ndarray, count: int) -> np.ndarray:
-    "Volume of each session in slices of its range; `bars` has rows high, low and volume."
-    out = np.zeros((len(start) - 1, count))
+def _sliced(start: np.ndarray, bars: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    "Volume by slice of a session's range; `bars` has rows high, low, volume, `ends` high, low."
+    out = np.zeros((len(start) - 1, SLICES))
     for s in range(len(out)):
-        a, z = start[s], start[s + 1]
-        low, step = bars[1, a:z].min(), (bars[0, a:z].max() - bars[1, a:z].min()) / count
-        for t in range(a, z):
+        low, step = ends[1, s], (ends[0, s] - ends[1, s]) / SLICES
+        for t in range(start[s], start[s + 1]):
             if step > 0:
-                ends = (bars[1, t] - low) / step, (bars[0, t] - low) / step
-                _spread(out[s], ends[0], ends[1], bars[2, t])
+                _spread(out[s], (bars[1, t] - low) / step, (bars[0, t] - low) / step, bars[2, t])
             else:
                 out[s, 0] += bars[2, t]
     return out
@@ -105,9 +105,10 @@ def _sessions(b: dict[str, np.ndarray], start: np.ndarray, interval: Interval) -
     turnover = np.add.reduceat((b["high"] + b["low"] + b["close"]) / 3 * b["volume"], start)
     atr = window_sum(_true_range(high, low, close), RANGE_SPAN) / RANGE_SPAN
     atr = np.where(atr > FLOOR_FRAC * close, atr, np.nan)
-    slices = volume[:, None]
+    slices = volume.reshape(-1, 1)
     if interval is not Interval.DAY:
-        slices = _sliced(ends, np.stack([b["high"], b["low"], b["volume"]]), SLICES)
+        rows = np.stack([b["high"], b["low"], b["volume"]])
+        slices = _sliced(ends, rows, np.stack([high, low]))
     return Sessions(ends, high, low, turnover, volume, atr, slices)
 
 # %% ../../nbs/3_features/31_levels.ipynb #0e4e4111
@@ -139,8 +140,9 @@ def _turns(high: np.ndarray) -> np.ndarray:
     "Whether each session is a swing high; for swing lows hand over the lows' negatives."
     out = np.zeros(len(high), dtype=np.bool_)
     for p in range(PIVOT_SPAN, len(high) - PIVOT_SPAN):
-        before, after = high[p - PIVOT_SPAN : p].max(), high[p + 1 : p + PIVOT_SPAN + 1].max()
-        out[p] = before < high[p] and after <= high[p]
+        out[p] = True
+        for k in range(1, PIVOT_SPAN + 1):
+            out[p] = out[p] and high[p - k] < high[p] and high[p + k] <= high[p]
     return out
 
 
@@ -178,7 +180,8 @@ def _by_bar(values: np.ndarray, s: Sessions, lag: int = 0) -> np.ndarray:
 
 def _swings(b: dict[str, np.ndarray], s: Sessions, lag: int) -> dict[str, np.ndarray]:
     "The sessions of the last swings, and the distances from them in ATR."
-    atr, out = _by_bar(s.atr, s, lag), {}
+    atr = _by_bar(s.atr, s, lag)
+    out: dict[str, np.ndarray] = {}
     for name, prices, turn in (("high", s.high, _turns(s.high)), ("low", s.low, _turns(-s.low))):
         at = _last_turn(turn, lag)
         swing = _by_bar(np.where(at >= 0, prices[at], np.nan), s)
@@ -208,11 +211,12 @@ TIE = 1e-9  # relative; what differs by less is equal, so that rounding decides 
 
 @njit(cache=True)
 def _profile(s: Sessions, last: int, span: int, bins: np.ndarray) -> tuple[float, float]:
-    "Fill `bins` with shares of the volume up to session `last`; the lowest price and the bin's height."
-    first = last - span + 1
-    low, high = s.low[first : last + 1].min(), s.high[first : last + 1].max()
-    step, total = (high - low) / len(bins), s.volume[first : last + 1].sum()
-    bins[:] = 0.0
+    "Fill `bins` with shares of volume up to session `last`; the lowest price, a bin's height."
+    first, bins[:] = last - span + 1, 0.0
+    low, high, total = np.inf, 0.0, 0.0
+    for k in range(first, last + 1):
+        low, high, total = min(low, s.low[k]), max(high, s.high[k]), total + s.volume[k]
+    step = (high - low) / len(bins)
     if step <= 0 or total <= 0:
         return low, step
     count = s.slices.shape[1]
@@ -316,10 +320,12 @@ def _around(close: np.ndarray, s: Sessions, turns: np.ndarray, lag: int) -> np.n
         if not s.atr[last] > 0:
             continue
         n = _swing_levels(s, turns, last, found, _heavy_levels(s, last, found))
-        for i in range(n):
-            found[i, 3] = _touches(s, last, found[i, 0])
+        found[:n, 3] = -1.0  # touches are counted for levels that are nearest to a bar
         for t in range(s.start[session], s.start[session + 1]):
             _nearest(found[:n], close[t], s.atr[last], best)
+            for i in best[SWING + 1]:
+                if i >= 0 and found[i, 3] < 0:
+                    found[i, 3] = _touches(s, last, found[i, 0])
             _fill(out[t], found, best, (close[t], s.atr[last]))
     return out
 
@@ -342,6 +348,7 @@ def levels(
     if bars.empty:
         return pd.DataFrame(columns=list(LEVELS), index=bars.index, dtype=float)
     b, start = bar_arrays(bars), session_starts(bars.index)
+    b = {name: values.copy() for name, values in b.items()}  # writable: one compilation for all
     s, lag = _sessions(b, start, interval), 0 if interval is Interval.DAY else 1
     days, swings = bars.index[start], _swings(b, s, lag)
     quarter = _period_start((days.year * 4 + days.quarter).to_numpy())
