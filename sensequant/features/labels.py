@@ -116,7 +116,7 @@ class LabelSpec:
     def __post_init__(self) -> None:
         _require_sound(self)
 
-
+# %% ../../nbs/3_features/33_labels.ipynb #153ab7e1
 def _require_sound(spec: LabelSpec) -> None:
     "Refuse what no label can be made with."
     moves = min(spec.label_threshold_frac, spec.label_threshold_vols)
@@ -199,7 +199,7 @@ def _hit(bar: np.ndarray, floor: float, top: float) -> tuple[int, float]:
         return 1, top
     return 0, np.nan
 
-
+# %% ../../nbs/3_features/33_labels.ipynb #240c8028
 @njit(cache=True)
 def _first_hits(
     prices: np.ndarray,  # (n_bars, 4) open, high, low, close

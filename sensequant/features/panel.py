@@ -31,7 +31,7 @@ def _shared_columns(tables: Mapping[str, pd.DataFrame]) -> list[str]:
             raise DataError("a table of a panel needs each time once, in order", None, symbol)
     return names
 
-
+# %% ../../nbs/3_features/39_panel.ipynb #5cddc8e0
 def _features(tables: list[pd.DataFrame], names: list[str], order: np.ndarray) -> pd.DataFrame:
     "The feature columns of all tables below each other, then in `order`, float32."
     block = np.empty(
@@ -70,7 +70,7 @@ def _edges(panel: pd.DataFrame) -> np.ndarray:  # (n_moments + 1,)
     first = np.flatnonzero(np.r_[True, moment[1:] != moment[:-1]][: len(moment)])
     return np.r_[first, len(moment)]
 
-
+# %% ../../nbs/3_features/39_panel.ipynb #d6abe7ef
 @njit(cache=True)
 def _rank_moment(values: np.ndarray, least: int, out: np.ndarray) -> None:
     "Write the ranks of one feature at one moment; `out` is left alone where there are too few."
@@ -104,7 +104,7 @@ def market_wide(
     shared = ("market_", "macro_")
     return tuple(n for n in names if n.startswith(shared) or n == "days_to_expiry")
 
-
+# %% ../../nbs/3_features/39_panel.ipynb #ea891599
 def rank_across(
     panel: pd.DataFrame,  # from `stack`
     names: Sequence[str],  # columns to give back

@@ -55,7 +55,7 @@ def first_after(
 
 WINDOW_MODES = ("rolling", "expanding")
 
-
+# %% ../../nbs/3_features/34_windows.ipynb #89777982
 def cut_windows(
     symbol: str,
     start: date,  # first day of the first window
@@ -87,7 +87,7 @@ class _Rows:
     day: np.ndarray  # (n_sessions,) datetime64[D], increasing
     edge: np.ndarray  # (n_sessions + 1,) position of each session's first row, then n_rows
 
-
+# %% ../../nbs/3_features/34_windows.ipynb #637d9215
 def _rows(ts: pd.DatetimeIndex, known_at: pd.Series) -> _Rows:
     "The rows to be cut; refuses disorder and labels without an end."
     if not ts.is_monotonic_increasing:
@@ -150,7 +150,7 @@ def _combinations(n_folds: int, n_test: int) -> Any:
         must = "combinatorial folds must be few enough to list"
         raise SettingsError(must, f"{n_test} of {n_folds}", None, "Use fewer blocks") from error
 
-
+# %% ../../nbs/3_features/34_windows.ipynb #3d8058e9
 def combinatorial_folds(
     ts: pd.DatetimeIndex,  # bars, in the order of time; many symbols may share a moment
     known_at: pd.Series,  # when each bar's label was known, same length
@@ -172,7 +172,7 @@ def combinatorial_folds(
         folds.append((np.flatnonzero(apart & np.isin(session, days)), tests))
     return folds
 
-
+# %% ../../nbs/3_features/34_windows.ipynb #0c1caeef
 def combinatorial_paths(
     n_folds: int = 6,  # blocks, as for `combinatorial_folds`
     n_test: int = 2,  # blocks tested at a time
@@ -242,7 +242,7 @@ def _shortfall(short: pd.DatetimeIndex, held: date, horizon_days: int) -> str:
     days = (needed - held).days
     return f"labels need bars through {needed}, held through {held} ({days} days short)"
 
-
+# %% ../../nbs/3_features/34_windows.ipynb #1e95ad80
 def _unlearnable(rows: pd.DataFrame, rules: WindowRules) -> tuple[str | None, str]:
     "Why nothing can be learned from usable rows, in whole or in a fold; None when it can."
     words, n = rows["label"].to_numpy(), len(rows)
