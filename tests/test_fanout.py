@@ -1,11 +1,15 @@
 "Fan-out with real processes: deaths, interrupts, large and unpicklable things."
 
+import errno
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +19,7 @@ import pytest
 from threadpoolctl import threadpool_info
 
 from sensequant.core.errors import DataError, SettingsError
-from sensequant.core.fanout import Outcome, fan_out
+from sensequant.core.fanout import Outcome, Rules, current_device, fan_out
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -368,3 +372,320 @@ def test_threads_begin_nothing_once_nobody_reads():
     seen = len(begun)
     time.sleep(0.2)
     assert len(begun) == seen <= 6
+
+
+def sleepy(item):
+    "Says what it is about to do and sleeps `item` seconds."
+    print(f"waiting for {item}", flush=True)
+    return linger(item)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_item_over_its_time_is_stopped_and_its_worker_goes_on(workers):
+    begun, deaths = time.monotonic(), []
+    rules = Rules(timeout_s=2, tries=3)
+    items = [60, 0.1, 0.2, 0.3, 0.4]
+    died = lambda *death: deaths.append(death)  # noqa: E731
+    outcomes = {o.item: o for o in fan_out(sleepy, items, workers, on_restart=died, rules=rules)}
+    late = outcomes.pop(60)
+    assert late.error == "TimedOut: stopped after 2 s" and late.tries == 1 and not deaths
+    assert late.detail["timeout_seconds"] == 2 and late.detail["stdout_tail"] == "waiting for 60\n"
+    assert len(outcomes) == 4 and all(o.ok and o.tries == 1 for o in outcomes.values())
+    assert len({o.value for o in outcomes.values()}) <= workers  # no other process was ended
+    assert time.monotonic() - begun < 20
+
+
+def test_after_a_stopped_item_the_worker_has_a_fresh_process():
+    outcomes = list(fan_out(linger, [0, 60, 0.1], rules=Rules(timeout_s=1)))
+    assert [o.ok for o in outcomes] == [True, False, True]
+    assert outcomes[0].value != outcomes[2].value != os.getpid()
+
+
+def moody(item, folder):
+    "Fails in the way of its name and counts its tries in a file."
+    with open(Path(folder) / item, "ab") as file:
+        file.write(b".")
+        tries = file.tell()
+    if item == "value":
+        raise ValueError("wrong for ever")
+    if item == "data":
+        raise DataError("close must be above 0 INR", -1)
+    if item == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if item == "missing":
+        Path(folder, "no such file").read_bytes()
+    if item in ("net", "net for ever") and (tries < 3 or item != "net"):
+        raise ConnectionError("reset")
+    if item == "memory" and tries < 2:
+        raise MemoryError("no room")
+    return item
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_only_what_may_pass_is_tried_again(tmp_path, workers):
+    items = ["value", "data", "full", "missing", "net", "net for ever", "memory", "fine"]
+    told = fan_out(partial(moody, folder=tmp_path), items, workers, rules=Rules(tries=3))
+    tries = {o.item: (o.tries, o.ok) for o in told}
+    once = dict.fromkeys(("value", "data", "full", "missing"), (1, False))
+    more = {"net": (3, True), "net for ever": (3, False), "memory": (2, True), "fine": (1, True)}
+    assert tries == once | more
+    assert {p.name: p.stat().st_size for p in tmp_path.iterdir()} == {
+        i: n for i, (n, _) in tries.items()
+    }
+
+
+def test_the_detail_of_an_error():
+    (outcome,) = fan_out(touchy, [5], rules=Rules(tries=1))
+    assert outcome.detail == {"exception_type": "DataError", "traceback": outcome.traceback}
+
+
+def venom(item, ending=0):
+    "At 2 ends its process, and says so first; else squares."
+    if item == 2:
+        print("first", "words")
+        print("last words", file=sys.stderr)
+        os._exit(ending) if ending > 0 else os.kill(os.getpid(), -ending)
+    time.sleep(0.1)
+    return item * item
+
+
+@pytest.mark.parametrize(
+    ("ending", "how"), [(1, "EXIT(1)"), (-9, "SIGKILL(-9)"), (-11, "SIGSEGV(-11)")]
+)
+def test_a_poison_item_harms_no_other(ending, how):
+    deaths, rules = [], Rules(tries=3)
+    died = lambda *death: deaths.append(death)  # noqa: E731
+    outcomes = list(
+        fan_out(partial(venom, ending=ending), range(9), 2, on_restart=died, rules=rules)
+    )
+    bad = outcomes.pop()  # last, when the others were done
+    assert [(o.item, o.value, o.tries) for o in sorted(outcomes, key=lambda o: o.item)] == [
+        (i, i * i, 1) for i in range(9) if i != 2
+    ]
+    assert (bad.item, bad.tries, deaths) == (2, 3, [(2, how)] * 3)
+    assert bad.error == f"WorkerDied: its process ended with {how}"
+    assert bad.detail["exit_code"] == ending and bad.detail["ended"] == how
+    assert bad.detail["stdout_tail"] == "first words\n"
+    assert bad.detail["stderr"].startswith("last words\n")
+    assert ("Segmentation fault" in bad.detail["stderr"]) == (
+        ending == -11
+    )  # a stack comes with it
+
+
+def test_what_a_worker_prints_is_passed_on(capfd):
+    list(fan_out(sleepy, [0, 0.1, 0.2], workers=2))
+    assert sorted(capfd.readouterr().out.split()[2::3]) == ["0", "0.1", "0.2"]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_the_same_values_in_any_order_and_number(workers):
+    items = list(range(1, 18))
+    random.Random(workers).shuffle(items)
+    serial = told(fan_out(touchy, range(1, 18)))
+    assert told(fan_out(touchy, items, workers, "processes")) == serial
+
+
+def placed(item, folder):
+    "Waits until as many workers as items are at work, and tells who and where it is."
+    (Path(folder) / str(os.getpid())).touch()
+    end = time.monotonic() + 60
+    while len(os.listdir(folder)) < 4 and time.monotonic() < end:
+        time.sleep(0.02)
+    return os.getpid(), current_device()
+
+
+def test_workers_take_devices_in_turn(tmp_path):
+    rules = Rules(devices=("gpu:0", "gpu:1"))
+    outcomes = list(fan_out(partial(placed, folder=tmp_path), range(4), 4, rules=rules))
+    places = dict(o.value for o in outcomes)
+    assert len(places) == 4 and Counter(places.values()) == {"gpu:0": 2, "gpu:1": 2}
+
+
+def replaced(item, folder):
+    "The first dies, the second waits for the others, so the others have the place of the first."
+    folder = Path(folder)
+    (folder / f"{item}").write_text(str(current_device()))
+    if item == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    end = time.monotonic() + 60
+    while item == 1 and not (folder / "3").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    return current_device()
+
+
+def test_a_replaced_worker_has_the_same_device(tmp_path):
+    rules = Rules(devices=("gpu:0", "gpu:1"), tries=1)
+    told = {
+        o.item: o.value
+        for o in fan_out(partial(replaced, folder=tmp_path), range(4), 2, rules=rules)
+    }
+    dead = (tmp_path / "0").read_text()
+    assert (told[2], told[3]) == (dead, dead) and {dead, told[1]} == {"gpu:0", "gpu:1"}
+
+
+def test_one_worker_has_the_first_device_and_gives_it_back():
+    outcomes = fan_out(lambda _: current_device(), [1], rules=Rules(devices=("gpu:0", "gpu:1")))
+    assert [o.value for o in outcomes] == ["gpu:0"] and current_device() is None
+
+
+def test_rules_that_cannot_be_kept_are_refused(monkeypatch):
+    for call in (
+        {"backend": "threads", "rules": Rules(tries=3)},
+        {"backend": "serial", "rules": Rules(timeout_s=1)},
+        {"backend": "dask"},
+    ):
+        with pytest.raises(SettingsError):
+            fan_out(touchy, [1], **call)
+    with pytest.raises(SettingsError, match="tries must be at least 1"):
+        Rules(tries=0)
+    monkeypatch.setitem(sys.modules, "distributed", None)  # as when it is not installed
+    with pytest.raises(SettingsError, match=r'pip install "sensequant\[dask\]"'):
+        fan_out(touchy, [1], backend="dask", rules=Rules(scheduler="tcp://127.0.0.1:8786"))
+
+
+# On Dask: a scheduler and two workers, all processes of their own, on the loopback only.
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def bounded():
+    "No test waits for a cluster longer than two minutes."
+
+    def late(*_):
+        raise TimeoutError("the cluster took more than 120 s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    "The address of a scheduler with two workers, each one thread; all are gone afterwards."
+    pytest.importorskip("distributed")
+    folder, port = tmp_path_factory.mktemp("dask"), free_port()
+    address = f"tcp://127.0.0.1:{port}"
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "1",
+        "DASK_TEMPORARY_DIRECTORY": str(folder),
+        "TMPDIR": str(folder),
+    }
+    here = ["--host", "127.0.0.1", "--no-dashboard"]
+    commands = [["scheduler", *here, "--port", str(port)]]
+    commands += [["worker", address, *here, "--nthreads", "1"]] * 2
+    started = []
+    with open(folder / "log", "wb") as log:
+        for name, *options in commands:
+            command = [sys.executable, "-m", f"distributed.cli.dask_{name}", *options]
+            streams = {"stdout": log, "stderr": log, "start_new_session": True}
+            started.append(subprocess.Popen(command, env=environment, cwd=folder, **streams))
+    yield address
+    family = [c.pid for p in started for c in psutil.Process(p.pid).children(recursive=True)]
+    for process in started:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert gone_within(family, 10)
+    assert not list(folder.glob("fan_out-*"))
+
+
+def hosted(item):
+    "Sleeps a little; its process, the Dask worker that holds it, its device and a square."
+    time.sleep(0.3)
+    return os.getpid(), os.getppid(), current_device(), item * item
+
+
+def hostile(item):
+    "Kills the Dask worker that holds its process."
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+@pytest.mark.slow
+def test_dask_gives_the_same_as_serial(cluster, bounded):
+    rules = Rules(scheduler=cluster)
+    assert told(fan_out(touchy, range(1, 18), 1, "dask", rules=rules)) == told(
+        fan_out(touchy, range(1, 18))
+    )
+    sizes = list(fan_out(large, [3_000_000, 10], 1, "dask", rules=rules))
+    assert {o.item: o.value.nbytes for o in sizes} == {3_000_000: 3_000_000, 10: 10}
+    lock = threading.Lock()
+    strange = list(fan_out(str, [lock, 2], 1, "dask", rules=rules))
+    assert sorted(str(o.value) for o in strange) == ["2", "None"]
+    assert list(fan_out(abs, [], 1, "dask", rules=rules)) == []
+    assert [o.value for o in fan_out(threads, [0], 1, "dask", rules=rules)] == [1]
+    with pytest.raises(SettingsError, match="by path"):
+        next(fan_out(partial(np.add, np.zeros(500_000)), [1], 1, "dask", rules=rules))
+
+
+@pytest.mark.slow
+def test_a_dask_worker_killed_in_the_middle_loses_nothing(cluster, bounded):
+    rules = Rules(scheduler=cluster, devices=("gpu:0", "gpu:1"))
+    outcomes, killed = [], 0
+    for outcome in fan_out(hosted, range(12), 1, "dask", rules=rules):
+        outcomes.append(outcome)
+        if not killed:
+            killed, place = outcome.value[1], outcome.value[2]
+            os.kill(killed, signal.SIGKILL)
+    assert {o.item: o.value[3] for o in outcomes} == {i: i * i for i in range(12)}
+    assert all(o.ok and o.tries == 1 for o in outcomes)
+    devices = {o.value[1]: o.value[2] for o in outcomes}
+    other = ({"gpu:0", "gpu:1"} - {place}).pop()
+    assert Counter(devices.values())[other] == 1  # the worker that lived kept its own
+    assert gone_within([o.value[0] for o in outcomes], 3)
+
+
+@pytest.mark.slow
+def test_items_that_kill_hang_or_fail_on_dask(cluster, bounded, tmp_path):
+    deaths, rules = [], Rules(scheduler=cluster, tries=3, timeout_s=5)
+    died = lambda *death: deaths.append(death)  # noqa: E731
+    *others, bad = fan_out(partial(venom, ending=7), range(9), 1, "dask", died, rules)
+    assert sorted(o.value for o in others) == [i * i for i in range(9) if i != 2]
+    assert (bad.item, bad.tries, bad.detail["exit_code"]) == (2, 3, 7)
+    assert bad.detail["stderr"] == "last words\n" and deaths == [(2, "EXIT(7)")] * 3
+    by_item = {o.item: o for o in fan_out(sleepy, [60, 0, 0.1], 1, "dask", rules=rules)}
+    assert by_item[60].error == "TimedOut: stopped after 5 s" and by_item[60].tries == 1
+    assert by_item[0].ok and by_item[0.1].ok
+    moods = fan_out(partial(moody, folder=tmp_path), ["net", "value"], 1, "dask", rules=rules)
+    assert {o.item: (o.tries, o.ok) for o in moods} == {"net": (3, True), "value": (1, False)}
+
+
+@pytest.mark.slow
+def test_an_item_that_kills_dask_workers_is_given_up(cluster, bounded):
+    (outcome,) = fan_out(hostile, ["x"], 1, "dask", rules=Rules(scheduler=cluster))
+    assert outcome.error.startswith("WorkerDied: Attempted to run task") and outcome.tries == 2
+    assert outcome.detail["exception_type"] == "KilledWorker"
+
+
+@pytest.mark.slow
+def test_leaving_a_map_on_dask_ends_it_everywhere(cluster, bounded, capfd):
+    rules = Rules(scheduler=cluster)
+    stream = fan_out(hosted, range(500), 1, "dask", rules=rules)
+    pids = [next(stream).value[0] for _ in range(4)]
+    begun = time.monotonic()
+    stream.close()
+    assert time.monotonic() - begun < 10 and gone_within(pids, 2)
+    (after,) = fan_out(hosted, [3], 1, "dask", rules=rules)  # and the cluster is free again
+    assert after.value[3] == 9
+    assert "ERROR" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("listens", [False, True])
+def test_a_scheduler_that_does_not_answer_is_refused_soon(listens):
+    pytest.importorskip("distributed")
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        if listens:
+            mute.listen()
+        address, begun = f"tcp://127.0.0.1:{mute.getsockname()[1]}", time.monotonic()
+        with pytest.raises(SettingsError, match="a Dask scheduler must answer") as refusal:
+            next(fan_out(touchy, [1], 1, "dask", rules=Rules(scheduler=address)))
+    assert address in str(refusal.value) and time.monotonic() - begun < 15

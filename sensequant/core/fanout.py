@@ -296,17 +296,8 @@ class _Worker:
         function = self.folder / "function"
         limit = self.rules.timeout_s
         if self.pool is None:
-            self.call(limit and limit + _START_S, _warm, function)
-        return self.call(limit, _attempt, function, packed, self.folder)
-
-    def call(self, limit: float | None, task: Callable, *arguments: Any) -> Any:
-        "What `task` returns in the process, within `limit` seconds."
-        with self.guard:
-            if self.closed:
-                raise InterruptedError("the map was stopped")
-            self.pool = self.pool or _new_pool(self)
-            self.asked = self.pool.submit(task, *arguments)
-        return self.asked.result(limit)
+            _call(self, limit and limit + _START_S, _warm, function)
+        return _call(self, limit, _attempt, function, packed, self.folder)
 
     def end(self, kill: bool, for_good: bool = False) -> None:
         "End the process, at once or when it is idle; any thread may call this."
@@ -316,6 +307,16 @@ class _Worker:
             time.sleep(0.001)  # loky loses its way when told to kill before it has sent the item
         if pool:
             pool.shutdown(kill_workers=kill)
+
+# %% ../../nbs/0_core/06_fanout.ipynb #deb398e6
+def _call(worker: _Worker, limit: float | None, task: Callable, *arguments: Any) -> Any:
+    "What `task` returns in the worker's process, within `limit` seconds."
+    with worker.guard:
+        if worker.closed:
+            raise InterruptedError("the map was stopped")
+        worker.pool = worker.pool or _new_pool(worker)
+        worker.asked = worker.pool.submit(task, *arguments)
+    return worker.asked.result(limit)
 
 # %% ../../nbs/0_core/06_fanout.ipynb #ad73d503
 _START_S = 60  # more than any start and import of libraries takes
@@ -480,7 +481,7 @@ def _host(name: str, function: bytes, rules: Rules) -> _Worker:
         _HOSTED[key] = _Worker(folder, rules, slot), holder
     return _HOSTED[key][0]
 
-
+# %% ../../nbs/0_core/06_fanout.ipynb #bfc52cf6
 def _hosted(
     name: str, function: bytes, rules: Rules, index: int, item: bytes
 ) -> tuple[int, _Answer]:  # the same index, and the answer
@@ -516,7 +517,7 @@ def _lost(fault: BaseException, index: int) -> tuple[int, _Answer]:
     detail = answer.detail | {"ended": f"the death of {n} Dask workers"}
     return index, replace(answer, error=f"WorkerDied: {fault}", detail=detail, tries=n)
 
-
+# %% ../../nbs/0_core/06_fanout.ipynb #49efec95
 def _backend(client: Any) -> Any:
     "joblib's Dask backend, to which a lost item is an answer like another."
     from joblib._dask import DaskDistributedBackend
@@ -538,7 +539,7 @@ def _backend(client: Any) -> Any:
 
     return Backend(client=client)
 
-# %% ../../nbs/0_core/06_fanout.ipynb #49efec95
+# %% ../../nbs/0_core/06_fanout.ipynb #458af686
 def _dispatch(client: Any, hosted: Callable, items: list, wide: bool) -> _News:
     "News of all items as they come from the cluster."
     sent, out = [], set(range(len(items)))
@@ -550,7 +551,8 @@ def _dispatch(client: Any, hosted: Callable, items: list, wide: bool) -> _News:
             yield index, _fault(error, told=_UNSENT)
     ahead = "2 * n_jobs" if wide else 1  # each worker finds its next item waiting
     how = {"return_as": "generator_unordered", "batch_size": 1, "pre_dispatch": ahead}
-    news = Parallel(n_jobs=-1, backend=_backend(client), **how)(delayed(hosted)(*s) for s in sent)
+    backend = _backend(client)
+    news = Parallel(n_jobs=-1, backend=backend, **how)(delayed(hosted)(*one) for one in sent)
     try:
         for index, answer in news:
             for told in [index] if index != _GONE else sorted(out):
@@ -561,9 +563,26 @@ def _dispatch(client: Any, hosted: Callable, items: list, wide: bool) -> _News:
     finally:
         with warnings.catch_warnings(action="ignore"):  # joblib warns when left early
             news.close()
+        client.cancel(list(backend._results), force=True)
 
 # %% ../../nbs/0_core/06_fanout.ipynb #2895b04a
 _ANSWER_S = 8  # for the scheduler to answer, and for the first worker to be there
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> Any:
+    "What `call` returns; TimeoutError when it is not back after `seconds`."
+    answer: Future = Future()
+
+    def work() -> None:
+        try:
+            answer.set_result(call())
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return answer.result(seconds)
+
+# %% ../../nbs/0_core/06_fanout.ipynb #a8ac6311
 _MOST = 1_000_000  # bytes of a pickled function that travels with each item
 
 
@@ -579,19 +598,21 @@ def _require_dask(rules: Rules) -> None:
             "backend dask needs the package distributed", error, None, fix
         ) from error
 
-
+# %% ../../nbs/0_core/06_fanout.ipynb #2692ce8e
 def _client(address: str) -> Any:
     "A client of the scheduler at `address`, whose workers can work for us."
     from distributed import Client
 
     try:
-        client = Client(address, timeout=_ANSWER_S, set_as_default=False)
-    except (OSError, ValueError) as error:
+        connect = partial(Client, address, timeout=_ANSWER_S, set_as_default=False)
+        client = _within(_ANSWER_S + 1, connect)
+    except Exception as error:  # whatever answers there may answer anything
         must, fix = "a Dask scheduler must answer at the address", "Start it with dask scheduler"
-        raise SettingsError(must, f"{type(error).__name__}: {error}", address, fix) from error
+        found = str(error) or f"nothing within {_ANSWER_S} s"
+        raise SettingsError(must, found, address, fix) from error
     try:
         client.wait_for_workers(1, timeout=_ANSWER_S)
-        faults = client.run(_dismiss, "", on_error="return")
+        faults = _within(_ANSWER_S, partial(client.run, _dismiss, "", on_error="return"))
     except TimeoutError as error:
         client.close()
         fix = f"Start some with dask worker {address} --nthreads 1"
@@ -602,20 +623,15 @@ def _client(address: str) -> Any:
             raise SettingsError("sensequant must be installed where Dask works", fault, worker)
     return client
 
-# %% ../../nbs/0_core/06_fanout.ipynb #dce53f4c
+# %% ../../nbs/0_core/06_fanout.ipynb #3bd11eee
 def _leave(client: Any, name: str) -> None:
     "End a map everywhere, and wait no longer than a few seconds for that."
+    with suppress(Exception):  # the cluster may be gone, and with it what was to be ended
+        _within(_ANSWER_S, partial(client.run, _dismiss, name))
+    with suppress(Exception):
+        client.close(_ANSWER_S)
 
-    def dismiss() -> None:
-        with suppress(Exception):  # the cluster may be gone, and with it what was to be ended
-            client.run(_dismiss, name)
-
-    ending = threading.Thread(target=dismiss, daemon=True)
-    ending.start()
-    ending.join(_ANSWER_S)
-    client.close(_ANSWER_S)
-
-
+# %% ../../nbs/0_core/06_fanout.ipynb #6904d306
 def _on_dask(
     function: bytes, items: list, rules: Rules, on_restart: Restarted | None
 ) -> Iterator[Outcome]:
