@@ -81,7 +81,7 @@ def bench_command(
     rows: Annotated[str, typer.Option(help="sizes, commas between")] = "1000,10000,100000,1000000",
     features: Annotated[int, typer.Option(help="columns of each", min=1)] = 22,
     trees: Annotated[int, typer.Option(help="trees of each model", min=1)] = 100,
-    limit: Annotated[float, typer.Option(help="s of one measurement, at most", min=1)] = 120.0,
+    limit: Annotated[float, typer.Option(help="s of one measurement, at most", min=1)] = 240.0,
     as_json: Annotated[bool, typer.Option("--json", help="for a script")] = False,
 ) -> None:
     "Time one model on each device and size, and say what to put into teacher_gpu_min_rows."
