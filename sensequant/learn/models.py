@@ -15,14 +15,13 @@ import math
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from typing import Any
 
 import lightgbm as lgb
 import numpy as np
 import pandas as pd
 import sklearn
-import skops
-import skops.io
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression, SGDClassifier
 from sklearn.pipeline import Pipeline
@@ -79,6 +78,8 @@ def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
 
 def _dump_skops(model: Pipeline) -> bytes:
     "The skops file of a pipeline, the same in any process."
+    import skops.io  # a second that a worker with a teacher to train need not wait
+
     files = _unzip(skops.io.dumps(model))
     schema = json.loads(files.pop("schema.json"))
     new_name = {n: f"{hashlib.sha256(data).hexdigest()[:16]}.npy" for n, data in files.items()}
@@ -121,6 +122,8 @@ def untrusted(
 # %% ../../nbs/5_learn/54_models.ipynb #5f90be19
 def _load_skops(data: bytes, n_features: int) -> Pipeline:
     "The pipeline of a skops file; refuses what this package does not write."
+    import skops.io
+
     if strange := untrusted(data):
         raise _NotOurs(f"it holds types that are not on the list: {', '.join(strange)}")
     model = skops.io.loads(data, trusted=["numpy.dtype"])
@@ -144,7 +147,7 @@ VERSIONS = {
     "lightgbm": lgb.__version__,
     "numpy": np.__version__,
     "scikit-learn": sklearn.__version__,
-    "skops": skops.__version__,
+    "skops": version("skops"),
 }
 LIBRARIES = {  # that a kind of model depends on when it is read
     "logistic": ("numpy", "scikit-learn", "skops"),

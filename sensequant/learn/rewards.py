@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from arch.bootstrap import StationaryBootstrap
 
 from ..core.errors import DataError
 from ..core.types import IST, Interval, require_columns
@@ -88,6 +87,8 @@ def paired_difference(
     seed: int = 1,
 ) -> dict[str, Any]:  # difference (b - a), low, high, n_dates, n_rows, block, confidence
     "The mean difference of two scores, a date counting once, with its bootstrap interval."
+    from arch.bootstrap import StationaryBootstrap  # a second that a worker need not wait
+
     if not len(a) == len(b) == len(dates):
         found = f"{len(a)}, {len(b)} and {len(dates)}"
         raise DataError("both scores and the dates must have one entry a row", found)

@@ -28,7 +28,6 @@ from sklearn.preprocessing import StandardScaler
 
 from ..core.errors import DataError
 from ..core.events import json_bytes
-from ..core.plots import BENCHMARK, DASHES, PALETTE, Card, figure
 from ..core.types import require_columns
 from ..features.features import FEATURES
 from ..features.labels import CLASSES, label_scores
@@ -447,8 +446,10 @@ def calibration_error(
 # %% ../../nbs/5_learn/53_student.ipynb #ee5a4614
 def reliability_chart(
     table: pd.DataFrame,  # from `reliability_table`
-) -> Card:
+) -> Any:  # a `Card` of core.plots
     "Said against seen, a line a class; the grey diagonal is where both agree."
+    from sensequant.core.plots import BENCHMARK, DASHES, PALETTE, figure  # a worker draws nothing
+
     n = int(table["n"].sum()) // len(CLASSES)
     found = f"{calibration_error(table):.1%}" if n else "nothing"
     card, axes = figure(
