@@ -153,7 +153,9 @@ def faults(args: argparse.Namespace) -> None:
         print(f"  {r.window_label}: {r.message[:110]} (tries {r.tries})")
     clean = made_run(MarketSpec(args.symbols, FIRST, END, 1, 0.0, late_listing_frac=0.0))
     again = {r.window_label: r.artifacts for r in train_teachers(clean, recipe, BatchRules(1))}
-    same = [r.artifacts == again[r.window_label] for r in records if r.scope == "symbol" and r.artifacts]
+    same = [
+        r.artifacts == again[r.window_label] for r in records if r.scope == "symbol" and r.artifacts
+    ]
     print(f"of {len(same)} symbol windows, {sum(same)} have the bytes of an undisturbed batch")
     print(json.dumps(count_outcomes(train_teachers(run, recipe, BatchRules(args.workers)))))
 

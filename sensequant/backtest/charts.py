@@ -14,7 +14,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from .backtester import LongFlatRule
-from .metrics import drawdown, ic_by_date
+from .metrics import drawdown
+from ..features.panel import ic_by_date
 from sensequant.core.plots import (
     BENCHMARK,
     LOSS,

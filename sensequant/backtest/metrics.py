@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SESSIONS_A_YEAR', 'annualised_return', 'annualised_volatility', 'sharpe', 'sortino', 'drawdown', 'max_drawdown',
            'hit_rate', 'turnover', 'sharpe_variance', 'sharpe_se', 'psr_of', 'psr', 'ljung_box', 'hac_lags',
-           'AlphaBeta', 'alpha_beta', 'ic_by_date', 'RankIC', 'rank_ic']
+           'AlphaBeta', 'alpha_beta', 'RankIC', 'rank_ic']
 
 # %% ../../nbs/6_backtest/60_metrics.ipynb #55ab3583
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from statsmodels.stats.diagnostic import acorr_ljungbox
 
 from ..core.errors import DataError
 from ..core.types import require_columns
+from ..features.panel import ic_by_date
 
 # %% ../../nbs/6_backtest/60_metrics.ipynb #a3e94503
 SESSIONS_A_YEAR = 252  # convention of the literature; NSE holds 246 to 249
@@ -227,22 +228,6 @@ def alpha_beta(
     (alpha, beta), (alpha_se, beta_se) = map(float, fit.params), map(float, fit.bse)
     t, p = float(fit.tvalues[0]), float(fit.pvalues[0])
     return AlphaBeta(alpha, beta, alpha_se, beta_se, t, p, len(y), lags)
-
-# %% ../../nbs/6_backtest/60_metrics.ipynb #91254cbc
-def ic_by_date(
-    predictions: pd.DataFrame,  # columns symbol, ts, score, forward_return
-    min_symbols: int = 3,  # a date with fewer scored symbols has no order to speak of
-) -> pd.Series:  # Spearman correlation in [-1, 1] by ts; dates without one are left out
-    "Rank correlation across symbols of score and forward return, date by date."
-    require_columns(predictions, ["symbol", "ts", "score", "forward_return"], "predictions")
-    rows = predictions[["ts", "score", "forward_return"]].dropna().reset_index(drop=True)
-    ranks = rows.groupby("ts")[["score", "forward_return"]].rank()
-    ranks -= ranks.groupby(rows["ts"]).transform("mean")
-    a, b = ranks["score"], ranks["forward_return"]
-    terms = pd.DataFrame({"ab": a * b, "aa": a * a, "bb": b * b, "n": 1.0})
-    sums = terms.groupby(rows["ts"]).sum()
-    sums = sums[(sums["n"] >= min_symbols) & (sums["aa"] > 0) & (sums["bb"] > 0)]
-    return (sums["ab"] / np.sqrt(sums["aa"] * sums["bb"])).rename("rank_ic")
 
 # %% ../../nbs/6_backtest/60_metrics.ipynb #867076d4
 @dataclass(frozen=True)

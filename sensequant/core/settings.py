@@ -172,6 +172,9 @@ class BatchSettings(BaseModel):
     scheduler: str | None = _word(None, "address of the Dask scheduler, tcp://host:8786")
     task_timeout_s: float = _number(600.0, 1, 86_400, "s", "time after which a task is ended")
     task_tries: int = _number(3, 1, 10, "tries", "of a task, where trying again can help")
+    ablation_windows: int = _number(
+        100, 0, 100_000, "windows", "fitted again without each feature group; 0 none"
+    )
 
 # %% ../../nbs/0_core/02_settings.ipynb #6951cf1e
 class ModelSettings(BaseModel):

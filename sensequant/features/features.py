@@ -134,3 +134,4 @@ def technical(
 
 # %% ../../nbs/3_features/32_features.ipynb #110e3c63
 FEATURES, features = TECHNICAL, technical  # the names they had before there were other groups
+TECHNICAL_WARMUP = 250

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['judge', 'candidate_status', 'build_briefing', 'headline', 'statistics_table', 'evidence_table', 'yearly_table',
-           'briefing_text', 'next_steps', 'partial_briefing']
+           'scopes_shown', 'briefing_text', 'next_steps', 'partial_briefing']
 
 # %% ../../nbs/7_govern/76_briefing.ipynb #14635fe1
 from dataclasses import asdict
@@ -16,7 +16,8 @@ from ..backtest.gate import Check, Verdict, preliminary_gate
 from ..core.errors import DataError
 from ..data.runs import Run, read_inputs
 from .audit import RISK_COLUMNS
-from ..learn.batch import WindowRecord, count_outcomes, read_window_runs
+from ..learn.tables import read_recipe
+from ..learn.records import WindowRecord, count_outcomes, read_window_runs
 
 # %% ../../nbs/7_govern/76_briefing.ipynb #0b61a71d
 def judge(
@@ -56,6 +57,7 @@ def _training(run: Run) -> dict[str, Any]:
     "What was trained on what."
     inputs = read_inputs(run)
     teachers, students = (read_window_runs(run, k) for k in ("teacher", "student"))
+    recipe = read_recipe(run)
     scores = {f"avg_{n}": _mean(teachers, n) for n in ("precision", "recall", "f1", "auc")}
     return {
         "symbols": list(inputs.symbols),
@@ -64,6 +66,8 @@ def _training(run: Run) -> dict[str, Any]:
         "simulated": inputs.simulated,
         "teacher": count_outcomes(teachers) | scores,
         "student": count_outcomes(students),
+        "scope": recipe.scope,
+        "feature_groups": list(recipe.groups),
     }
 
 # %% ../../nbs/7_govern/76_briefing.ipynb #63c38c96
@@ -179,24 +183,46 @@ def _training_lines(training: dict[str, Any]) -> list[str]:
     scores = f"validation F1 {_number(t['avg_f1'])}, AUC {_number(t['avg_auc'])}"
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     counts = "{success} trained, {skipped} skipped, {failed} failed"
+    looked = f"- scope {training['scope']}, features {', '.join(training['feature_groups'])}"
     return [
         f"- {len(names)} symbols ({shown}), {training['interval']} bars, {days}",
         f"- teachers: {counts.format(**t)}; {scores}",
         f"- students: {counts.format(**s)}",
+        looked,
     ]
 
 # %% ../../nbs/7_govern/76_briefing.ipynb #c606b9db
-def _rule_line(stats: dict[str, Any]) -> str:
-    "The rule behind the returns, in a sentence."
+def scopes_shown(
+    briefing: dict[str, Any],  # from `build_briefing`
+) -> pd.DataFrame:  # scope, rank IC, t, dates, rows, judged
+    "The scopes side by side, on the rows they share."
+    lines = [
+        (
+            row["scope"],
+            _number(row["rank_ic"], "+.4f"),
+            _number(row["t"]),
+            f"{row['dates']:,}",
+            f"{row['rows']:,}",
+            row["judged"],
+        )
+        for row in briefing["validation"]["scopes"]
+    ]
+    heading = ["scope", "rank IC", "HAC t", "dates", "rows", "judged"]
+    return pd.DataFrame(lines, columns=heading)
+
+# %% ../../nbs/7_govern/76_briefing.ipynb #b1f3ac12
+def _rule_line(stats: dict[str, Any], scope: str) -> str:
+    "The rule behind the returns, in a sentence or two."
     rule = stats["rule"]
+    rank = "The score is a share's rank among the symbols of its bar. " if scope == "pooled" else ""
     return (
-        f"Each symbol has an equal slot: bought at the next open when the score exceeds "
+        f"{rank}Each symbol has an equal slot: bought at the next open when the score exceeds "
         f"{rule['entry_score']:g}, sold when it falls below {rule['exit_score']:g}, never short; "
         f"{rule['cost_bps_per_side']:g} bps a side. Returns are net of that unless they say gross; "
         f"idle cash earns nothing; the benchmark is {stats['benchmark']['name']}."
     )
 
-# %% ../../nbs/7_govern/76_briefing.ipynb #b1f3ac12
+# %% ../../nbs/7_govern/76_briefing.ipynb #ed841539
 def briefing_text(
     briefing: dict[str, Any],  # from `build_briefing`
 ) -> str:  # Markdown
@@ -213,8 +239,9 @@ def briefing_text(
     lines += [f"- {r}" for r in gate["reasons"]] + ([""] if gate["reasons"] else [])
     lines += ["## What had to hold", "", *_table(_checks(gate["checks"])), ""]
     lines += ["## Evidence", "", *_table(evidence_table(briefing).reset_index()), ""]
-    lines += [_rule_line(briefing["statistical_tests"]), ""]
+    lines += [_rule_line(briefing["statistical_tests"], briefing["training"]["scope"]), ""]
     lines += ["## Training", "", *_training_lines(briefing["training"]), ""]
+    lines += ["## One model a symbol, or one for all", "", *_table(scopes_shown(briefing)), ""]
     lines += ["## Risks", "", *_table(risks), "", "## Next", ""]
     lines += [f"- {step}" for step in next_steps(briefing)]
     lines += ["", f"Manifest SHA-256 `{briefing['manifest']['sha256']}`."]

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
@@ -77,9 +77,9 @@ def _ask_child(
     code = f"import sensequant.learn.devices as devices; devices._answer(devices.{call})"
     paths = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} | dict(os.environ) | paths
-    words, keep = [sys.executable, "-c", code], {"capture_output": True, "text": True}
+    run = partial(subprocess.run, capture_output=True, text=True, errors="replace", env=order)
     try:
-        child = subprocess.run(words, env=order, timeout=limit_s, errors="replace", **keep)
+        child = run([sys.executable, "-c", code], timeout=limit_s, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
         return None, f"no answer within {limit_s:g} s", ""
     lines = [line for line in child.stdout.splitlines() if line.startswith(_ANSWER)]
@@ -89,9 +89,8 @@ def _ask_child(
 
 
 def _answer(value: Any) -> None:
-    "Print the answer; the way out is short, since a driver may fail when it is unloaded."
+    "Print the answer at once: a driver that fails when it is unloaded comes too late to spoil it."
     print(f"\n{_ANSWER}{json.dumps(value)}", flush=True)
-    os._exit(0)
 
 # %% ../../nbs/5_learn/50_devices.ipynb #c619c524
 _TYPE, _MEMORY, _NAME, _DRIVER, _PCI = 0x1000, 0x101F, 0x102B, 0x102D, 0x410F  # CL_DEVICE_…
@@ -151,9 +150,10 @@ def _describe(library: Any, device: ctypes.c_void_p) -> dict[str, Any]:
 # %% ../../nbs/5_learn/50_devices.ipynb #4459ff9f
 def _opencl_here() -> list[dict[str, Any]]:
     "The OpenCL devices that this process sees; called in a process of its own."
-    library = _opencl_library()
-    every = ctypes.c_uint64(_ALL_TYPES)
-    platforms = _handles(library.clGetPlatformIDs) if library else []
+    library, every = _opencl_library(), ctypes.c_uint64(_ALL_TYPES)
+    if library is None:
+        return []
+    platforms = _handles(library.clGetPlatformIDs)
     return [
         {"platform_id": p, "device_id": d} | _describe(library, device)
         for p, platform in enumerate(platforms)
@@ -279,7 +279,7 @@ def _probe_here(name: str) -> str:
     return ""
 
 # %% ../../nbs/5_learn/50_devices.ipynb #5de70eed
-@lru_cache(maxsize=None)
+@cache
 def _probe(name: str) -> str:
     "What is wrong with a device, empty when nothing is; found out once a process."
     wrong, why, printed = _ask_child(f"_probe_here({name!r})", _PROBE_S)
@@ -314,7 +314,7 @@ def list_devices(
 def device_named(
     name: str,  # as in `list_devices`
 ) -> Device:
-    "A listed device; any other name is refused, since LightGBM would take its first device instead."
+    "A listed device; another name is refused, since LightGBM would take its first device instead."
     held = [d for d in list_devices(probe=False) if d.name == "cpu" or d.device_id is not None]
     for device in held:
         if device.name == name:
@@ -573,7 +573,7 @@ def _bench_one(name: str, sizes: Sequence[tuple[int, int]], trees: int, limit_s:
 def gpu_wins_from(
     table: "pd.DataFrame",  # from `bench_devices`
 ) -> int | None:  # rows; None where no GPU wins at the largest size
-    "The smallest measured size from which a GPU is ahead of the processor, at every larger one too."
+    "The smallest measured size from which on a GPU is ahead of the processor."
     never = float("inf")
     wall = table.pivot_table(index="rows", columns="device", values="wall (s)", dropna=False)
     if "cpu" not in wall or wall.shape[1] < 2:

@@ -134,9 +134,8 @@ def _load_skops(data: bytes, n_features: int) -> Pipeline:
     fill, scale, last = (step for _, step in model.steps)
     numbers = (fill.statistics_, scale.mean_, scale.scale_, *last.coef_, last.intercept_)
     shapes = [np.shape(n) for n in numbers]
-    if shapes != [(n_features,)] * 6 + [(len(CLASSES),)] or not all(
-        np.isfinite(n).all() for n in numbers
-    ):
+    finite = all(np.isfinite(n).all() for n in numbers)
+    if shapes != [(n_features,)] * 6 + [(len(CLASSES),)] or not finite:
         raise _NotOurs(f"it needs finite numbers for {n_features} features; shapes are {shapes}")
     return model
 
@@ -353,12 +352,13 @@ def _checked_trees(booster: lgb.Booster, n_features: int) -> lgb.Booster:
 def _territory(files: dict[str, bytes], header: dict[str, Any], n_features: int) -> Territory:
     "The training rows of checked parts."
     rows = np.load(io.BytesIO(files["territory.npy"]), allow_pickle=False)
-    columns = [np.array(header[n], float) for n in ("median", "mean", "scale")]
+    median, mean, scale = (np.array(header[n], float) for n in ("median", "mean", "scale"))
     distance = float(header["mean_distance"])
-    fits = rows.shape[1:] == (n_features,) and {c.shape for c in columns} == {(n_features,)}
-    if not fits or not (columns[2] > 0).all() or not (math.isfinite(distance) and distance >= 0):
+    shapes = {rows.shape[1:], median.shape, mean.shape, scale.shape}
+    sound = (scale > 0).all() and math.isfinite(distance) and distance >= 0
+    if shapes != {(n_features,)} or rows.dtype != np.float32 or not len(rows) or not sound:
         raise _NotOurs(f"its training rows have shape {rows.shape} for {n_features} features")
-    return Territory(*columns, rows, distance)
+    return Territory(median, mean, scale, rows, distance)
 
 # %% ../../nbs/5_learn/54_models.ipynb #f66f6913
 def load_teacher(

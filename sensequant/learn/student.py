@@ -126,7 +126,7 @@ def dissimilarity(
     return nearest / territory.mean_distance
 
 # %% ../../nbs/5_learn/53_student.ipynb #0d8cc3a0
-SAID = (*PROBABILITIES, "score", "dissimilarity")  # columns of an answer
+SAID = pd.Index([*PROBABILITIES, "score", "dissimilarity"])  # columns of an answer
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +145,11 @@ class Student:
         return self.trained_until + pd.Timedelta(days=self.spec.expiry_days)
 
     @cached_property
+    def columns(self) -> pd.Index:
+        "`features` as pandas looks them up."
+        return pd.Index(self.features)
+
+    @cached_property
     def required(self) -> np.ndarray:
         "Positions of the columns without which it says nothing: the technical ones."
         return np.flatnonzero(np.isin(self.features, FEATURES))
@@ -160,12 +165,11 @@ class Student:
 # %% ../../nbs/5_learn/53_student.ipynb #0fc549f8
 def _linear(spec: StudentSpec, n_rows: int) -> LogisticRegression | SGDClassifier:
     "The last step of a pipeline, not yet fitted."
+    l2 = max(spec.l2, 1e-6)
     if spec.kind == "logistic":
-        strength = {"C": 1 / spec.l2 if spec.l2 else np.inf}
-        solver = "newton-cholesky" if spec.l2 else "lbfgs"  # without a ridge it may be singular
-        return LogisticRegression(solver=solver, tol=1e-8, max_iter=1_000, **strength)
+        return LogisticRegression(C=1 / l2, solver="newton-cholesky", tol=1e-8, max_iter=1_000)
     steps = {"learning_rate": "adaptive", "eta0": 0.05, "max_iter": 1_000, "tol": 1e-4}
-    alpha = spec.l2 / (len(CLASSES) * n_rows)
+    alpha = l2 / (len(CLASSES) * n_rows)
     return SGDClassifier(loss="log_loss", alpha=alpha, random_state=spec.seed, **steps)
 
 # %% ../../nbs/5_learn/53_student.ipynb #89c2a29b
@@ -209,14 +213,14 @@ def _fit(
     return fit(values, target, spec, weight)
 
 
-def _probabilities(student: Student, values: np.ndarray) -> np.ndarray:
+def _probabilities(model: Any, values: np.ndarray, kind: str) -> np.ndarray:
     "Shape (n_rows, 3), columns as CLASSES, from raw feature values; NaN where unknown."
-    if isinstance(student.model, lgb.Booster):
-        return np.asarray(student.model.predict(values))
-    fill, scale, model = (step for _, step in student.model.steps)
+    if kind == "lightgbm":
+        return np.asarray(model.predict(values, num_threads=1))
+    fill, scale, last = (step for _, step in model.steps)
     whole = np.where(np.isnan(values), fill.statistics_, values)
-    z = (whole - scale.mean_) / scale.scale_ @ model.coef_.T + model.intercept_
-    if student.spec.kind == "logistic":
+    z = (whole - scale.mean_) / scale.scale_ @ last.coef_.T + last.intercept_
+    if kind == "logistic":
         return softmax(z, axis=1)
     each = expit(z)  # one class against the rest, then made to sum to 1
     return each / each.sum(axis=1, keepdims=True)
@@ -224,21 +228,29 @@ def _probabilities(student: Student, values: np.ndarray) -> np.ndarray:
 # %% ../../nbs/5_learn/53_student.ipynb #7cb7c36c
 def _answer(student: Student, features: pd.DataFrame) -> pd.DataFrame:
     "What a student says of rows of features."
-    require_columns(features, student.features, "rows to be scored")
     if len(features):
         student.require_fresh(_moments(features.index).max())
-    values = features[list(student.features)].to_numpy(float)
-    values = np.where(np.isfinite(values), values, np.nan)
+    values = _values(student, features)
     known = ~np.isnan(values[:, student.required]).any(axis=1)
     out = np.full((len(values), len(SAID)), np.nan)
     if known.any():
         out[known] = _speak(student, values[known])
-    return pd.DataFrame(out, index=features.index, columns=list(SAID))
+    return pd.DataFrame(out, index=features.index, columns=SAID)
+
+
+def _values(student: Student, features: pd.DataFrame) -> np.ndarray:
+    "Raw values in the model's order, (n_rows, n_features); NaN where unknown."
+    if not features.columns.equals(student.columns):  # picking columns costs more than the answer
+        require_columns(features, student.features, "rows to be scored")
+        features = features[student.columns]
+    values = features.to_numpy(float)
+    return np.where(np.isfinite(values), values, np.nan)
 
 
 def _speak(student: Student, values: np.ndarray) -> np.ndarray:
     "Columns `SAID` of rows that are known; NOOP where they are too far from training."
-    p, far = _probabilities(student, values), dissimilarity(student.territory, values)
+    p = _probabilities(student.model, values, student.spec.kind)
+    far = dissimilarity(student.territory, values)
     if student.spec.max_dissimilarity:
         p[far > student.spec.max_dissimilarity] = (0.0, 1.0, 0.0)
     return np.column_stack([p, p[:, 0] - p[:, 2], far])
@@ -287,7 +299,7 @@ def _row_weights(rows: pd.DataFrame, weights: pd.Series | None) -> np.ndarray:
 def fit_student(
     rows: pd.DataFrame,  # by `ts`: `names`, `label`, `label_known_at`
     soft: pd.DataFrame,  # out-of-fold opinions on the same rows
-    spec: StudentSpec = StudentSpec(),  # noqa: B008 - frozen
+    spec: StudentSpec = StudentSpec(),
     names: Sequence[str] = FEATURES,  # columns to learn from
     weights: pd.Series | None = None,  # of rows, >= 0, same index; None for equal ones
 ) -> Student:
@@ -348,9 +360,7 @@ def _fold_loss(
     "Log loss on the tested rows of a model of the others."
     train, test = fold
     model = _fit(values[train], happened[train], spec, weight[train])
-    empty = Territory(*np.empty((4, 0)), 0.0)  # no distance is asked for
-    probe = Student((), spec, model, empty, pd.Timestamp.max)
-    return _log_loss(_probabilities(probe, values[test]), happened[test])
+    return _log_loss(_probabilities(model, values[test], spec.kind), happened[test])
 
 # %% ../../nbs/5_learn/53_student.ipynb #dcffebea
 def _spoken(
