@@ -117,7 +117,7 @@ MARKET = (
     "market_beta_60",  # of the share against the index
     "market_relative_60_vols",  # log return beyond the index, in volatilities of the difference
 )
-MARKET_WARMUP = TREND_SPAN + 1  # bars of the index
+MARKET_WARMUP = TREND_SPAN + 6  # bars of the index; 61 are needed, and it may lack a few
 MAX_INDEX_AGE = pd.Timedelta(days=7)  # between an intraday bar and the index session it sees
 
 

@@ -33,7 +33,7 @@ Features = Callable[[pd.DataFrame], "pd.DataFrame | pd.Series"]  # same index ou
 class LookaheadRules:
     "How hard a feature is tried."
 
-    cuts: int = 8  # places at which data end, the last bar but one among them
+    cuts: int = 8  # places at which data end, and at most as many where a rare value changes
     seed: int = 0  # of the places and of the noise
     tolerance: float = 1e-9  # of the column's spread, for data that end or are disturbed; 0: exact
     start_tolerance: float = 1e-3  # of the column's spread, for a history that begins later
@@ -63,7 +63,7 @@ def _compare(full: pd.DataFrame, other: pd.DataFrame, check: str, slack: float) 
         found, was = ", ".join(map(str, other.columns)), ", ".join(map(str, full.columns))
         raise DataError(f"a feature function must always give the columns {was}", found, where)
     a, b = full.loc[other.index].to_numpy(float), other.to_numpy(float)
-    limit = slack * np.nan_to_num(np.nanstd(full.to_numpy(float), axis=0))
+    limit = slack * full.std(ddof=0).fillna(0.0).to_numpy()
     gap = np.abs(a - b)
     wrong = (np.isnan(a) != np.isnan(b)) | (gap > limit)
     findings = []
@@ -116,10 +116,18 @@ def disturbed(
     return out
 
 
-def _places(n: int, first: int, rules: LookaheadRules) -> list[int]:
-    "How many rows are kept at each cut; most cuts lie where the feature has values."
-    spread = np.random.default_rng(rules.seed).integers(first + 1, n, max(rules.cuts - 1, 0))
-    return sorted({*spread.tolist(), n - 1})
+def _places(
+    full: pd.DataFrame, first: int, rules: LookaheadRules
+) -> list[int]:  # rows kept, increasing
+    "Where data end: at any bar past `first`, and at bars where a column that seldom moves did."
+    rng, n = np.random.default_rng(rules.seed), len(full)
+    spread = rng.integers(first + 1, n, max(rules.cuts - 1, 0)).tolist()
+    values = full.iloc[first:].to_numpy(float)
+    moved = (values[1:] != values[:-1]) & ~(np.isnan(values[1:]) & np.isnan(values[:-1]))
+    seldom = np.flatnonzero(moved.any(axis=0) & (moved.mean(axis=0) < 0.5))
+    turns = [first + 2 + int(rng.choice(np.flatnonzero(moved[:, k]))) for k in seldom]
+    few = rng.permutation(turns)[: rules.cuts].astype(int).tolist()
+    return sorted({*spread, *few, n - 1})
 
 # %% ../../nbs/3_features/38_lookahead.ipynb #7868ac96
 def _forward(
@@ -127,7 +135,7 @@ def _forward(
 ) -> Iterator[Finding]:
     "Findings of data that end early and of data that go on differently."
     rng = np.random.default_rng(rules.seed)
-    for n in _places(len(bars), first, rules):
+    for n in _places(full, first, rules):
         ended = f"data end at {bars.index[n - 1]}"
         cut = _result(function, bars.iloc[:n], ended)
         yield from _compare(full, cut, f"cut: {ended}", rules.tolerance)
@@ -297,7 +305,7 @@ def check_context(
     "Whether features know what surrounds a bar before anybody could."
     rules, full = rules or LookaheadRules(), make_features(bars, context, groups)
     found: list[Finding] = []
-    for n in _places(len(bars), 1, rules):
+    for n in _places(full, 1, rules):
         moment = known_at(bars.index[n - 1 : n], context.interval)[0]
         later = _later(context, moment)
         other = _with_noise(context, later, rules.seed + n)
