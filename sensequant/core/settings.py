@@ -217,7 +217,7 @@ class ModelSettings(BaseModel):
         False, "choose the penalty by purged folds of the training rows", "", "true or false"
     )
     student_max_dissimilarity: float = _number(
-        3.0, 0, 1000, "mean distances", "from the training rows beyond which it says NOOP; 0 never"
+        2.0, 0, 1000, "mean distances", "from the training rows beyond which it says NOOP; 0 never"
     )
     student_min_precision: float = _number(0.60, 0, 1, "fraction", "that the checklist asks for")
     student_min_recall: float = _number(0.55, 0, 1, "fraction", "that the checklist asks for")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DISTANCES', 'RETURN_SPANS', 'VOLUME_SPANS', 'TECHNICAL', 'OBV_SPAN', 'VOLATILITY_SPAN', 'FLOOR_FRAC', 'Columns',
-           'TECHNICAL_WARMUP', 'FEATURES', 'features', 'technical', 'technical_warmup']
+           'TECHNICAL_WARMUP', 'technical', 'technical_warmup']
 
 # %% ../../nbs/3_features/32_features.ipynb #a3f8e31a
 from collections.abc import Iterator
@@ -141,7 +141,3 @@ def technical_warmup(
 ) -> int:  # bars
     "Bars after which no value depends on where the history began, within 1e-6."
     return TECHNICAL_WARMUP + (0 if interval is Interval.DAY else interval.bars_a_session)
-
-# %% ../../nbs/3_features/32_features.ipynb #110e3c63
-FEATURES, features = TECHNICAL, technical  # the names they had before there were other groups
-TECHNICAL_WARMUP = 250

@@ -8,6 +8,7 @@ __all__ = ['split_shares', 'spread', 'ablation', 'ablation_table', 'row_losses',
 
 # %% ../../nbs/5_learn/59_ablation.ipynb #7577a078
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -164,7 +165,7 @@ class _RewardTrial:
 
     def __call__(self, turns_of_one: tuple[Turn, ...]) -> pd.DataFrame:
         "Log losses of both on the bars after each window but the first."
-        pairs = zip(turns_of_one, turns_of_one[1:], strict=False)
+        pairs = pairwise(turns_of_one)
         parts = [part for before, turn in pairs if (part := self.one(before, turn)) is not None]
         return pd.concat(parts) if parts else pd.DataFrame()
 

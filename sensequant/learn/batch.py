@@ -16,7 +16,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -26,7 +26,7 @@ from threadpoolctl import threadpool_limits
 
 from ..core.artifacts import parquet_bytes
 from ..core.events import json_bytes, read_events
-from ..core.fanout import Outcome, Rules, current_device, fan_out, worth_retrying
+from ..core.fanout import Backend, Outcome, Rules, current_device, fan_out, worth_retrying
 from ..data.runs import Run, pinned_bars, read_inputs, run_ids
 from ..features.feature_sets import feature_set, required_columns
 from ..features.labels import CLASSES, rank_ic
@@ -176,6 +176,7 @@ def _success(run: Run, job: Job, hashes: dict[str, str], **more: Any) -> WindowR
     about, scores = (
         run.artifacts.read_json(f"{job.folder}/{name}.json") for name in ("metadata", "evaluation")
     )
+    scores.pop("reliability", None)  # long, and read from its file
     metrics = {"n_rows": about["n_rows"]} | scores
     details = {k: about.get(k) for k in ("saw_until", "feature_set")} | more
     return record_of(job.kind, job.window, "success", metrics=metrics, artifacts=hashes, **details)
@@ -314,8 +315,8 @@ class TeacherTask:
         choice = choose_device(len(rows), self.recipe.teacher, current_device())
         done = train_on(choice, lambda device: self.files_on(device, window, rows))
         if done.choice.warning:
-            told = {"phase": "2_teacher", "symbol": window.symbol}
-            self.run.events.emit("warning", **told, message=done.choice.warning)
+            where, words = window.symbol, done.choice.warning
+            self.run.events.emit("warning", phase="2_teacher", symbol=where, message=words)
         note_device(self.run, window, done.choice)
         return done.value, done.choice.device.name
 
@@ -394,8 +395,8 @@ def student_scores_of(
 class StudentRules:
     "How students are made and what their checklist asks."
 
-    student: StudentSpec = StudentSpec()
-    reward: RewardSpec = RewardSpec()
+    student: StudentSpec = field(default_factory=StudentSpec)
+    reward: RewardSpec = field(default_factory=RewardSpec)
     min_precision: float = 0.60  # fraction
     min_recall: float = 0.55  # fraction
 
@@ -599,7 +600,7 @@ def _collect(
             for r in done:
                 named = (run.run_id, kind, r.window_label, r.status)
                 state.set_window(*named, r.skip_class, r.message, r.artifacts)
-    records.sort(key=lambda r: (r.symbol, r.start_date))
+    records.sort(key=lambda r: (r.symbol, r.start_date, r.end_date))
     write_runs(run, kind, records)
     return records
 
@@ -611,7 +612,7 @@ def warn_restart(
     "Put the death of a worker into the event stream."
 
     def tell_death(item: Any, how: str) -> None:
-        words = f"a worker ended with {how}; its work is tried once more"
+        words = f"a worker ended with {how}; its work is tried again at the end"
         run.events.emit("warning", phase=phase, message=words)
 
     return tell_death
@@ -622,7 +623,7 @@ def _fan_out(
 ) -> Iterator[Outcome]:
     "What became of each item, on the processes or machines that the rules name."
     limits = Rules(rules.task_timeout_s, rules.task_tries, devices, rules.scheduler)
-    backend = rules.backend if rules.backend == "dask" else "auto"
+    backend: Backend = "dask" if rules.backend == "dask" else "auto"
     phase = PHASE_OF["student" if isinstance(task, StudentTask) else "teacher"]
     died = warn_restart(run, phase)
     return fan_out(task, items, rules.workers, backend, on_restart=died, rules=limits)
@@ -644,7 +645,7 @@ def teacher_items(
 def train_teachers(
     run: Run,
     recipe: Recipe,
-    rules: BatchRules = BatchRules(),  # noqa: B008 - frozen
+    rules: BatchRules = BatchRules(),
 ) -> list[WindowRecord]:  # by symbol and start
     "The teachers of every scope; what comes out does not depend on workers, backend or order."
     write_recipe(run, recipe)
@@ -666,8 +667,8 @@ def _of_one(
 
 def train_students(
     run: Run,
-    rules: StudentRules = StudentRules(),  # noqa: B008 - frozen
-    batch: BatchRules = BatchRules(),  # noqa: B008 - frozen
+    rules: StudentRules = StudentRules(),
+    batch: BatchRules = BatchRules(),
 ) -> list[WindowRecord]:  # by symbol and start
     "One student for each teacher of the run."
     tasks = _of_one(read_window_runs(run, "teacher"))
@@ -730,7 +731,11 @@ def reliability_of(
     records: list[WindowRecord],  # students
 ) -> pd.DataFrame:  # class, bin, predicted, observed, n: as `reliability_table`
     "Said against seen over all students, each bar counting the same."
-    held = [pd.DataFrame(r.metrics["reliability"]) for r in records if r.metrics.get("reliability")]
+    scored = [r.window_label for r in records if r.metrics.get("n")]
+    files = (run.artifacts.read_json(f"student/{w}/evaluation.json") for w in scored)
+    held = [pd.DataFrame(scores["reliability"]) for scores in files]
+    if not held:
+        return pd.DataFrame(columns=["class", "bin", "predicted", "observed", "n"])
     table = pd.concat(held)
     sums = table.assign(
         predicted=table["predicted"] * table["n"], observed=table["observed"] * table["n"]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['T', 'Device', 'processor', 'NvidiaGpu', 'nvidia_gpus', 'visible_gpus', 'lightgbm_parameters', 'list_devices',
            'device_named', 'DeviceSpec', 'asked_devices', 'gpu_slots', 'Choice', 'choose_device', 'Trained', 'train_on',
-           'settings_without_effect', 'bench_devices', 'gpu_wins_from', 'bench_advice']
+           'most_leaves', 'settings_without_effect', 'bench_devices', 'gpu_wins_from', 'bench_advice']
 
 # %% ../../nbs/5_learn/50_devices.ipynb #5e19cb6f
 import ctypes
@@ -470,20 +470,29 @@ def train_on(
     return Trained(value, _instead(f"{choice.device.name} has failed: {failed}"))
 
 # %% ../../nbs/5_learn/50_devices.ipynb #8b6cb587
+def most_leaves(
+    n_rows: int,  # that a tree is grown on
+    min_child_samples: int,  # rows
+) -> int:  # leaves, >= 2
+    "More than this no tree can have: the last split needs two minima, every other leaf a row."
+    return max(2, n_rows - 2 * min_child_samples + 2)
+
+# %% ../../nbs/5_learn/50_devices.ipynb #2568ca30
 def _tree_notes(spec: Any, n_rows: int) -> list[str]:
     "What the rows leave of the settings of a tree."
     rows, least = f"{n_rows:,} rows", f"min_child_samples {spec.min_child_samples}"
-    if n_rows < 2 * spec.min_child_samples:
-        return [f"{least} leaves no tree a split: there are {rows}"]
-    leaves, notes = n_rows // spec.min_child_samples, []
+    if int(n_rows * spec.subsample) < 2 * spec.min_child_samples:
+        drawn = f"{rows} and subsample {spec.subsample:g}"
+        return [f"{least} leaves no tree a split: there are {drawn}"]
+    leaves, notes = most_leaves(n_rows, spec.min_child_samples), []
     if spec.num_leaves > leaves:
         notes += [
             f"num_leaves {spec.num_leaves} is out of reach: {rows} with {least} fill {leaves}"
         ]
     reach = min(leaves, spec.num_leaves)
-    if spec.max_depth > reach:
+    if spec.max_depth >= reach:
         notes += [f"max_depth {spec.max_depth} is out of reach of a tree with {reach} leaves"]
-    if 0 < spec.max_depth < 30 and 2**spec.max_depth < min(spec.num_leaves, leaves):
+    if 0 < spec.max_depth < 30 and 2**spec.max_depth < reach:
         most = 2**spec.max_depth
         notes += [f"num_leaves {spec.num_leaves} is out of reach: max_depth allows {most}"]
     return notes

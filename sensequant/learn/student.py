@@ -29,7 +29,7 @@ from sklearn.preprocessing import StandardScaler
 from ..core.errors import DataError
 from ..core.events import json_bytes
 from ..core.types import require_columns
-from ..features.features import FEATURES
+from ..features.features import TECHNICAL
 from ..features.labels import CLASSES, label_scores
 from ..features.windows import purged_folds
 from .teacher import PROBABILITIES
@@ -43,7 +43,7 @@ class StudentSpec:
     teacher_share: float = 0.5  # weight of the teacher's opinion in the target, 0 to 1
     l2: float = 10.0  # ridge penalty: on weights of standardised features, or on leaf values
     grid: bool = False  # choose the penalty by purged folds of the training rows
-    max_dissimilarity: float = 3.0  # mean distances beyond which it says NOOP; 0 never
+    max_dissimilarity: float = 2.0  # mean distances beyond which it says NOOP; 0 never
     expiry_days: int = 400  # days after its newest training label
     seed: int = 1
     leaves: int = 4  # of each tree, kind lightgbm
@@ -151,7 +151,7 @@ class Student:
     @cached_property
     def required(self) -> np.ndarray:
         "Positions of the columns without which it says nothing: the technical ones."
-        return np.flatnonzero(np.isin(self.features, FEATURES))
+        return np.flatnonzero(np.isin(self.features, TECHNICAL))
 
     def require_fresh(self, now: pd.Timestamp) -> None:
         "Refuse a moment after `expires_at`."
@@ -277,7 +277,7 @@ def _training_values(rows: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
     require_columns(rows, (*names, "label", "label_known_at"), "training rows")
     values = rows[list(names)].to_numpy(float)
     values = np.where(np.isfinite(values), values, np.nan)
-    required = np.isin(names, FEATURES)
+    required = np.isin(names, TECHNICAL)
     if len(rows) < 2 or np.isnan(values[:, required]).any():
         must = "a student needs two or more rows with all technical features"
         raise DataError(must, f"{len(rows)} rows, {np.isnan(values).sum()} holes", "fit_student")
@@ -299,7 +299,7 @@ def fit_student(
     rows: pd.DataFrame,  # by `ts`: `names`, `label`, `label_known_at`
     soft: pd.DataFrame,  # out-of-fold opinions on the same rows
     spec: StudentSpec = StudentSpec(),
-    names: Sequence[str] = FEATURES,  # columns to learn from
+    names: Sequence[str] = TECHNICAL,  # columns to learn from
     weights: pd.Series | None = None,  # of rows, >= 0, same index; None for equal ones
 ) -> Student:
     "A student of one window; whatever it scales or fills by comes from these rows alone."
@@ -331,7 +331,7 @@ def _log_loss(p: np.ndarray, happened: np.ndarray) -> float:
 def search_penalty(
     rows: pd.DataFrame,  # by `ts`: `names`, `label`, `label_known_at`
     spec: StudentSpec,
-    names: Sequence[str] = FEATURES,  # columns to learn from
+    names: Sequence[str] = TECHNICAL,  # columns to learn from
     weights: pd.Series | None = None,  # of rows, for learning only
 ) -> pd.DataFrame:  # l2, leaves, loss, standard_error, chosen; simplest first
     "Penalties by their purged log loss, with the one to take."

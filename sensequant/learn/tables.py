@@ -26,7 +26,13 @@ from sensequant.features.feature_sets import (
     required_columns,
 )
 from ..features.labels import LabelSpec, make_labels, sample_weights, volatility
-from ..features.panel import rank_across, relative_classes, relative_target, stack
+from sensequant.features.panel import (
+    known_together,
+    rank_across,
+    relative_classes,
+    relative_target,
+    stack,
+)
 from sensequant.features.windows import (
     PlannedWindow,
     Window,
@@ -222,6 +228,7 @@ def panel_rows(
         parts[symbol] = usable_rows(span.slice(table), (*required, "sigma"))
         ends.append(table.index[-1])
     rows = comparable(stack(parts)).dropna(subset=["target"])
+    rows["label_known_at"] = known_together(rows)  # a target knows what the others did
     rows["weight"] = sample_weights(rows, recipe.window.sample_weights)
     return Panel(rows, max(ends))
 

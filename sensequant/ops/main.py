@@ -12,7 +12,7 @@ from .broker_cli import breeze, sandbox
 from .cli import app
 from .collect_cli import books, sentiment
 from .data_cli import data
-from .train_cli import bench, devices
+from .train_cli import bench, check, devices, export, train
 
 # %% ../../nbs/9_ops/99_main.ipynb #24ca49b5
 data.command()(sentiment)
@@ -21,6 +21,9 @@ app.add_typer(data, name="data")
 app.add_typer(breeze, name="breeze")
 app.command()(sandbox)
 app.command()(devices)
+app.command()(export)
+app.add_typer(train, name="train")
+app.add_typer(check, name="check")
 app.add_typer(bench, name="bench")
 
 # %% ../../nbs/9_ops/99_main.ipynb #c2f104de
