@@ -3,7 +3,7 @@
     python tests/campaign_learn.py markets --seeds 10 --signal 0      # nothing to find
     python tests/campaign_learn.py markets --seeds 4 --signal 0.05    # a planted signal
     python tests/campaign_learn.py shift --shifts 20,60,250           # labels moved in a circle
-    python tests/campaign_learn.py faults                             # kills, a full disk, dead devices
+    python tests/campaign_learn.py faults                            # kills, damage, a full disk
 
 Nothing here passes or fails; it prints what was measured, for a person to read. The tests hold the
 same properties at a smaller size.
@@ -44,7 +44,7 @@ def made_run(spec: MarketSpec) -> Run:
     market = simulate(spec)
     for symbol in market.symbols:
         pin_bars(run, symbol, market.bars(symbol))
-    listed = {s: None for s in market.symbols}
+    listed = dict.fromkeys(market.symbols)
     pin_inputs(run, Inputs(START, END, Interval.DAY, True, listed, None))
     with run.state as state:
         state.start_run(run.run_id, {}, os.getpid(), True)

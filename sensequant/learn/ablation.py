@@ -7,6 +7,7 @@ whether rewards help."""
 __all__ = ['split_shares', 'spread', 'ablation', 'ablation_table', 'row_losses', 'reward_trial']
 
 # %% ../../nbs/5_learn/59_ablation.ipynb #7577a078
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -14,18 +15,25 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core.fanout import fan_out
+from ..core.errors import DataError
+from ..core.fanout import Outcome, fan_out
 from ..data.runs import Run
 from ..features.feature_sets import group_of, required_columns
 from ..features.labels import CLASSES
 from ..features.panel import ic_by_date
 from ..features.windows import usable_rows
-from .batch import Lesson, load_window_student, past_weights, taught_student
+from sensequant.learn.batch import (
+    Lesson,
+    load_window_student,
+    load_window_teacher,
+    past_weights,
+    taught_student,
+)
 from .records import Turn, WindowRecord, read_window_runs, turns
 from .rewards import RewardSpec, paired_difference
 from .student import Student
-from .tables import Recipe, panel_rows, symbol_table, table_names
-from .teacher import PROBABILITIES, fit_teacher, unpack_teacher
+from .tables import Recipe, panel_rows, symbol_table
+from .teacher import PROBABILITIES, fit_teacher
 
 # %% ../../nbs/5_learn/59_ablation.ipynb #3c06e2ac
 def split_shares(
@@ -65,10 +73,9 @@ class _Trial:
         names = tuple(store.read_json(f"teacher/{label}/metadata.json")["features"])
         unseen, spec = self.unseen(turn), self.recipe.teacher
         spec = replace(spec, objective="regression") if turn.record.scope == "pooled" else spec
-        out = unseen[["forward_return"]].assign(
-            symbol=unseen["symbol"] if "symbol" in unseen else turn.record.symbol
-        )
-        whole = unpack_teacher(store.read_bytes(f"teacher/{label}/model.txt.zst"))
+        named = unseen.get("symbol", turn.record.symbol)
+        out = unseen[["forward_return"]].assign(symbol=named)
+        whole = load_window_teacher(self.run, label)
         out["all"] = whole.score(unseen)["score"]
         for group in self.groups:
             kept = tuple(n for n in names if group_of(n) != group)
@@ -104,6 +111,24 @@ def _evenly(n: int, most: int) -> list[int]:  # positions, increasing
     return sorted({round(k) for k in np.linspace(0, n - 1, min(n, most))}) if n else []
 
 # %% ../../nbs/5_learn/59_ablation.ipynb #7f20d1e6
+def _values(outcomes: Iterable[Outcome]) -> list[Any]:
+    "What each task gave; the first that failed stops the count, since a sample must be whole."
+    held = list(outcomes)
+    for outcome in held:
+        if not outcome.ok:
+            who = outcome.item[0].record.symbol
+            raise DataError("every window of the sample must be tried", outcome.error, who)
+    return [outcome.value for outcome in held]
+
+
+def _difference(a: pd.Series, b: pd.Series, block: int, seed: int) -> dict[str, Any]:
+    "Mean of b - a by date with its interval; None where there are too few dates for one."
+    dates = a.index.normalize().nunique()
+    if dates < 2 * block:
+        return {"difference": None, "low": None, "high": None, "n_dates": dates, "n_rows": len(a)}
+    return paired_difference(a, b, a.index, block, seed)
+
+# %% ../../nbs/5_learn/59_ablation.ipynb #1ff930c3
 def _ablate_scope(
     run: Run, recipe: Recipe, records: list[WindowRecord], rules: tuple[int, int, int]
 ) -> list[dict[str, Any]]:  # a line a group
@@ -115,24 +140,27 @@ def _ablate_scope(
     if off and most:
         trial = _Trial(run, recipe, off)
         outcomes = fan_out(trial, spread(records, most), workers)
-        scores = pd.concat([o.value for o in outcomes if o.ok])
+        scores = pd.concat(_values(outcomes))
     lines = shares.rename_axis("group").reset_index().to_dict("records")
     block = 2 * recipe.label.horizon_days  # labels of neighbouring dates share days
     return [line | _loss(scores, line["group"], block, seed) for line in lines]
 
 
+_TRIED = ("ic_all", "ic_without", "loss", "interval", "n_dates")  # what switching off tells
+
+
 def _loss(scores: pd.DataFrame, group: str, block: int, seed: int) -> dict[str, Any]:
     "What the rank IC loses without a group, with its interval; None where it was not tried."
     if group not in scores:
-        return {"ic_all": None, "ic_without": None, "loss": None, "interval": None, "n_dates": 0}
+        return dict.fromkeys(_TRIED) | {"n_dates": 0}
     by = {n: ic_by_date(scores.assign(score=scores[n])) for n in ("all", group)}
     both = pd.concat(by, axis=1).dropna()
-    found = paired_difference(both[group], both["all"], both.index, block, seed)
+    found = _difference(both[group], both["all"], block, seed)
     means = {"ic_all": both["all"].mean(), "ic_without": both[group].mean()}
     told = {"loss": found["difference"], "interval": [found["low"], found["high"]]}
     return means | told | {"n_dates": found["n_dates"]}
 
-# %% ../../nbs/5_learn/59_ablation.ipynb #30d4a50e
+# %% ../../nbs/5_learn/59_ablation.ipynb #4d4f4696
 def ablation(
     run: Run,
     recipe: Recipe,
@@ -151,7 +179,8 @@ def ablation_table(
 ) -> pd.DataFrame:  # by scope and group
     "Ablation for a page."
     lines = [{"scope": s} | line for s in ("symbol", "pooled") for line in found.get(s, [])]
-    table = pd.DataFrame(lines).set_index(["scope", "group"])
+    columns = ["scope", "group", "splits (%)", "gain (%)", "windows", *_TRIED]
+    table = pd.DataFrame(lines, columns=columns).set_index(["scope", "group"])
     return table.round({"splits (%)": 1, "gain (%)": 1, "ic_all": 4, "ic_without": 4, "loss": 4})
 
 # %% ../../nbs/5_learn/59_ablation.ipynb #a402817d
@@ -211,12 +240,11 @@ def reward_trial(
     trial = _RewardTrial(run, recipe, replace(spec, reward_weighting="linear"))
     records = read_window_runs(run, "student", recipe.scope)
     outcomes = fan_out(trial, spread(records, 10_000), workers)
-    parts = [o.value for o in outcomes if o.ok and len(o.value)]
+    parts = [part for part in _values(outcomes) if len(part)]
     if not parts:
         return {"gain": None, "interval": None, "n_dates": 0, "n_bars": 0}
     table = pd.concat(parts)
     block = 2 * recipe.label.horizon_days  # labels of neighbouring dates share days
-    losses = -table["baseline"], -table["rewarded"]
-    found = paired_difference(*losses, table.index, block, seed)
+    found = _difference(-table["baseline"], -table["rewarded"], block, seed)
     told = {"gain": found["difference"], "interval": [found["low"], found["high"]]}
     return told | {"n_dates": found["n_dates"], "n_bars": found["n_rows"]}

@@ -40,7 +40,14 @@ from sensequant.learn.devices import (
     settings_without_effect,
     train_on,
 )
-from .models import STUDENT_FILE, Expected, load_student, save_student
+from sensequant.learn.models import (
+    STUDENT_FILE,
+    Expected,
+    load_student,
+    load_teacher,
+    model_header,
+    save_student,
+)
 from sensequant.learn.records import (
     WindowRecord,
     count_outcomes,
@@ -86,7 +93,6 @@ from sensequant.learn.teacher import (
     Terms,
     pack_teacher,
     teach,
-    unpack_teacher,
 )
 
 # %% ../../nbs/5_learn/57_batch.ipynb #47a50f9c
@@ -149,6 +155,7 @@ def teacher_files(
     about |= {"features": names, "saw_until": rows["label_known_at"].max()}
     about |= {"recipe": digest(recipe), "rows": rows_sha256(rows), "device": dict(device)}
     about["feature_set"] = feature_set(rows[list(names)], recipe.groups)
+    about |= model_header("teacher", names, read_inputs(run).interval)
     return {
         "model.txt.zst": pack_teacher(taught.teacher),
         "labels.parquet": parquet_bytes(pd.concat([rows, taught.soft], axis=1)),
@@ -369,8 +376,11 @@ def load_window_teacher(
     run: Run,
     window_label: str,
 ) -> Teacher:
-    "The teacher of a window."
-    return unpack_teacher(run.artifacts.read_bytes(f"teacher/{window_label}/model.txt.zst"))
+    "The teacher of a window, read through the same loader."
+    folder, store = f"teacher/{window_label}", run.artifacts
+    path, header = f"{folder}/model.txt.zst", store.read_json(f"{folder}/metadata.json")
+    expected = Expected(store.sha256(path), tuple(header["features"]), read_inputs(run).interval)
+    return load_teacher(store.read_bytes(path), header, expected, path)
 
 # %% ../../nbs/5_learn/57_batch.ipynb #599044ed
 def student_scores_of(

@@ -189,7 +189,8 @@ def phase_parameters(
             "the phase notebooks must be there", "no such file", phase.notebook, fix
         )
     declared = papermill.inspect_notebook(str(phase.notebook))
-    together = {name: {k: config[k] for k in keys} for name, keys in GROUPED.items()}
+    whole = [name for name, keys in GROUPED.items() if set(keys) <= set(config)]
+    together = {name: {k: config[k] for k in GROUPED[name]} for name in whole}
     known = {"run_id": run_id} | config | together
     unknown = sorted(set(declared) - set(known))
     if unknown:
