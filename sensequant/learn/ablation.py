@@ -176,12 +176,16 @@ def ablation(
 
 def ablation_table(
     found: dict[str, Any],  # from `ablation`
-) -> pd.DataFrame:  # by scope and group
-    "Ablation for a page."
-    lines = [{"scope": s} | line for s in ("symbol", "pooled") for line in found.get(s, [])]
-    columns = ["scope", "group", "splits (%)", "gain (%)", "windows", *_TRIED]
-    table = pd.DataFrame(lines, columns=columns).set_index(["scope", "group"])
-    return table.round({"splits (%)": 1, "gain (%)": 1, "ic_all": 4, "ic_without": 4, "loss": 4})
+    scope: str,  # symbol or pooled
+) -> pd.DataFrame:  # by group: shares (%), rank IC with and without it, the loss and its interval
+    "Ablation of a scope for a page."
+    columns = ["group", "splits (%)", "gain (%)", "windows", *_TRIED]
+    table = pd.DataFrame(found.get(scope, []), columns=columns).set_index("group")
+    ends = [pair or (None, None) for pair in table.pop("interval")]
+    table["low"], table["high"] = [a for a, _ in ends], [b for _, b in ends]
+    four = dict.fromkeys(("ic_all", "ic_without", "loss", "low", "high"), 4)
+    shown = table.astype(dict.fromkeys(four, float)).round(four | {"splits (%)": 1, "gain (%)": 1})
+    return shown[["splits (%)", "gain (%)", "windows", *four, "n_dates"]]
 
 # %% ../../nbs/5_learn/59_ablation.ipynb #a402817d
 @dataclass(frozen=True)

@@ -358,7 +358,7 @@ def notes_of(run: Run) -> pd.DataFrame:  # kind and message, each once
     kinds = ("device_choice", "setting_note")
     events = read_events(run.folder / "events.jsonl")[0]
     rows = [(e.event_type, e.message) for e in events if e.event_type in kinds]
-    return pd.DataFrame(dict.fromkeys(rows), columns=["kind", "message"]).head(12)
+    return pd.DataFrame(list(dict.fromkeys(rows)), columns=["kind", "message"]).head(12)
 
 # %% ../../nbs/5_learn/57_batch.ipynb #8190a74e
 def load_window_student(
@@ -717,23 +717,19 @@ def long_short_weights(
 def weight_table(
     run: Run,
     records: list[WindowRecord],  # students
-) -> (
-    pd.DataFrame
-):  # by scope and feature: mean weight, share with its sign, windows; heaviest twelve
+) -> pd.DataFrame:  # by feature: scope, mean weight, share with its sign, windows; six a scope
     "What linear students lean on: log-odds of LONG against SHORT for one standard deviation."
     done = [r for r in records if r.status == "success"]
     held = {(r.scope, r.window_label): load_window_student(run, r.window_label) for r in done}
-    lines = {k: long_short_weights(s) for k, s in held.items()}
-    table = pd.DataFrame({k: v for k, v in lines.items() if v is not None}).T
-    if table.empty:
-        return table
-    groups = table.groupby(level=0)
-    mean = groups.mean().stack()
-    same = groups.apply(lambda g: (np.sign(g) == np.sign(g.mean())).mean()).stack()
-    counted = groups.count().stack()
-    out = pd.DataFrame({"mean": mean, "same sign (%)": 100 * same, "windows": counted})
-    out = out.sort_values("mean", key=abs, ascending=False).head(12)
-    return out.round({"mean": 4, "same sign (%)": 1}).rename_axis(["scope", "feature"])
+    lines = {k: w for k, s in held.items() if (w := long_short_weights(s)) is not None}
+    parts = []
+    for scope, table in pd.DataFrame(lines).T.groupby(level=0) if lines else ():
+        mean, same = table.mean(), (np.sign(table) == np.sign(table.mean())).mean()
+        part = pd.DataFrame({"scope": scope, "mean": mean, "same sign (%)": 100 * same})
+        part["windows"] = len(table)
+        parts.append(part.sort_values("mean", key=abs, ascending=False).head(6))
+    out = pd.concat(parts) if parts else pd.DataFrame(columns=["scope", "mean", "same sign (%)"])
+    return out.round({"mean": 4, "same sign (%)": 1}).rename_axis("feature")
 
 # %% ../../nbs/5_learn/57_batch.ipynb #f1e610ac
 def reliability_of(

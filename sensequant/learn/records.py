@@ -223,10 +223,13 @@ SHOWN = ("accuracy", "base_rate", "precision", "recall", "f1", "auc", "log_loss"
 
 def metric_table(
     records: list[WindowRecord],
-) -> pd.DataFrame:  # by scope and score: mean, standard deviation and count
+) -> pd.DataFrame:  # by score: mean and standard deviation of each scope, windows that have one
     "Scores over all windows that were trained, each window counting the same."
     done = pd.DataFrame([{"scope": r.scope} | r.metrics for r in records if r.status == "success"])
     names = [c for c in SHOWN if c in done and done[c].notna().any()]
-    held = done.groupby("scope")[names].agg(["mean", "std", "count"]).stack(0)
-    out = held.rename_axis(["scope", "score"]).round(3)
-    return out.rename(columns={"count": "windows"}).astype({"windows": int})
+    parts: dict[str, pd.Series] = {}
+    for scope, rows in done.groupby("scope", sort=True):
+        held = rows[names].astype(float)
+        parts |= {f"{scope} mean": held.mean().round(3), f"{scope} std": held.std().round(3)}
+        parts[f"{scope} windows"] = held.count()
+    return pd.DataFrame(parts).rename_axis("score")
