@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'CALENDAR', 'INDEX_FILE', 'Pinned', 'parse_groups', 'Context', 'make_features', 'group_of', 'feature_names',
-           'feature_set', 'warmup_bars', 'required_columns', 'pin_context', 'pinned_context']
+           'feature_set', 'warmup_bars', 'required_columns', 'pin_context', 'warn_of_context', 'pinned_context']
 
 # %% ../../nbs/3_features/37_feature_sets.ipynb #323a892b
 from collections.abc import Callable, Sequence
@@ -254,22 +254,36 @@ def pin_context(
     run: Run,
     inputs: Inputs,  # of the run, its bars and benchmark pinned
     groups: Sequence[str],  # those that are on
-    options_csv: Path | None = None,
-    macro_csv: Path | None = None,
+    options_csv: Path | str | None = None,
+    macro_csv: Path | str | None = None,
 ) -> dict[str, dict[str, Any]]:  # by group that reads more than bars: source, rows and note
     "Copy what the groups read into the run; a note says what is missing, for the caller to warn."
+    own = {"options": options_csv, "macro": macro_csv}
+    files = {prefix: Path(csv) if csv else None for prefix, csv in own.items()}
     pins: dict[str, Callable[[], Pinned]] = {
         "order_book": lambda: _pin_books(run, inputs),
         "sentiment": lambda: _pin_sentiment(run, inputs),
         "market": lambda: _pin_market(run, inputs),
-        "options": lambda: _pin_user(inputs, "options", options_csv),
-        "macro": lambda: _pin_user(inputs, "macro", macro_csv),
+        "options": lambda: _pin_user(inputs, "options", files["options"]),
+        "macro": lambda: _pin_user(inputs, "macro", files["macro"]),
     }
     made = {g: pins[g]() for g in parse_groups(",".join(groups)) if g in pins}
-    tables = {rel: table for files, _ in made.values() for rel, table in files.items()}
+    tables = {rel: table for pinned, _ in made.values() for rel, table in pinned.items()}
     if tables:
         run.artifacts.write_all({rel: parquet_bytes(t) for rel, t in tables.items()})
     return {group: told for group, (_, told) in made.items()}
+
+# %% ../../nbs/3_features/37_feature_sets.ipynb #45ea1a2a
+def warn_of_context(
+    run: Run,
+    told: dict[str, dict[str, Any]],  # from `pin_context`
+) -> pd.DataFrame:  # source, rows and note by group
+    "What the groups read, for a page; a group without a row of data is a warning."
+    for group, about in told.items():
+        if not about["rows"]:
+            words = f"{group} is switched on and has no data: {about['note']}"
+            run.events.emit("warning", phase="1_ingest", message=words)
+    return pd.DataFrame(told, index=["source", "rows", "note"]).T.rename_axis("group")
 
 # %% ../../nbs/3_features/37_feature_sets.ipynb #73fd8677
 def _in_ist(table: pd.DataFrame, column: str) -> pd.DataFrame:
