@@ -99,7 +99,7 @@ def parquet_bytes(
     about = json.loads((table.schema.metadata or {})[b"pandas"])
     kept = {k: about[k] for k in ("index_columns", "column_indexes", "columns")}
     buffer = io.BytesIO()
-    metadata = {b"pandas": json_bytes(kept)}
+    metadata = {b"pandas": json.dumps(kept).encode()}
     pq.write_table(table.replace_schema_metadata(metadata), buffer, compression="snappy")
     return buffer.getvalue()
 

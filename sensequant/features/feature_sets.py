@@ -137,10 +137,12 @@ def group_of(
     column: str,  # a feature
 ) -> str:  # one of `GROUPS`
     "The group a feature belongs to."
+    if column in _HOMES:
+        return _HOMES[column]
     found = [group for prefix, group in _PREFIXES.items() if column.startswith(prefix)]
-    if column not in _HOMES and not found:
+    if not found:
         raise DataError("a feature must belong to a group", column, "feature names")
-    return _HOMES.get(column) or found[0]
+    return found[0]
 
 
 def feature_names(
@@ -150,16 +152,17 @@ def feature_names(
     return tuple(c for c in table.columns if c not in LABEL_COLUMNS)
 
 # %% ../../nbs/3_features/37_feature_sets.ipynb #d6808366
-def _real_rows(table: pd.DataFrame, group: str) -> pd.Series:
+def _real_rows(table: pd.DataFrame, group: str) -> np.ndarray:  # (n_rows,) bool
     "Which rows hold real data of a group."
-    named = [c for c in feature_names(table) if group_of(c) == group and c not in CALENDAR]
+    apart = (*CALENDAR, "book_simulated")
+    named = [c for c in feature_names(table) if group_of(c) == group and c not in apart]
     if not named:
-        return pd.Series(False, index=table.index)
-    held = table[named].notna()
+        return np.zeros(len(table), bool)
+    held = table.notna().to_numpy()[:, [table.columns.get_loc(c) for c in named]]
     if group == "technical":
         return held.all(axis=1)
-    real = table["book_simulated"] == 0 if group == "order_book" else True
-    return held.drop(columns="book_simulated", errors="ignore").any(axis=1) & real
+    real = table["book_simulated"].to_numpy() == 0 if group == "order_book" else True
+    return held.any(axis=1) & real
 
 
 def feature_set(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IST_AHEAD', 'USUAL_CLOSE', 'LABEL_KINDS', 'CLASSES', 'SAMPLE_WEIGHTS', 'wall_clock', 'label_ends', 'session_ends',
            'known_at', 'volatility', 'LabelSpec', 'label_words', 'forward_labels', 'make_labels', 'average_uniqueness',
-           'sample_weights', 'label_scores', 'confusion_table', 'rank_ic']
+           'sample_weights', 'area_under_curve', 'label_scores', 'confusion_table', 'rank_ic']
 
 # %% ../../nbs/3_features/33_labels.ipynb #96ec978a
 from collections.abc import Sequence
@@ -302,15 +302,16 @@ def sample_weights(
     return weights / weights.mean()
 
 # %% ../../nbs/3_features/33_labels.ipynb #9086a34e
-def _areas(hits: np.ndarray, probabilities: np.ndarray) -> list[float]:
-    "AUC of each class that occurs and is not alone: pairs in order, a tie counting half."
-    areas = []
-    for hit, p in zip(hits.T, probabilities.T, strict=True):
-        yes, no = p[hit], np.sort(p[~hit])
-        if len(yes) and len(no):
-            below, upto = np.searchsorted(no, yes, "left"), np.searchsorted(no, yes, "right")
-            areas.append(float((below + upto).sum() / 2 / (len(yes) * len(no))))
-    return areas
+def area_under_curve(
+    hit: np.ndarray,  # (n_rows,) bool, whether the class came
+    probability: np.ndarray,  # (n_rows,) what was given to it
+) -> float | None:  # AUC, fraction of pairs in order, a tie counting half; None without a pair
+    "How often a row of the class was given more than a row of another."
+    yes, no = probability[hit], np.sort(probability[~hit])
+    if not (len(yes) and len(no)):
+        return None
+    below, upto = np.searchsorted(no, yes, "left"), np.searchsorted(no, yes, "right")
+    return float((below + upto).sum() / 2 / (len(yes) * len(no)))
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -352,7 +353,8 @@ def label_scores(
     hits = np.column_stack([words == c for c in CLASSES])
     _require_scorable(hits, chosen)
     confusion = hits.T.astype(int) @ (chosen.argmax(axis=1)[:, None] == np.arange(len(CLASSES)))
-    areas, tiny = _areas(hits, chosen), np.finfo(float).eps
+    each = [area_under_curve(*pair) for pair in zip(hits.T, chosen.T, strict=True)]
+    areas, tiny = [a for a in each if a is not None], np.finfo(float).eps
     out = {"accuracy": float(confusion.trace() / len(hits))}
     out |= {"base_rate": float(hits.sum(axis=0).max() / len(hits))} | _by_class(confusion)
     loss = -np.log(np.clip(chosen[hits], tiny, 1 - tiny)).mean()

@@ -185,7 +185,8 @@ def _complete(table: pd.DataFrame, required: Sequence[str] | None) -> np.ndarray
     "Which rows have their label and all columns required."
     names = [*dict.fromkeys((*(table.columns if required is None else required), *LABEL_COLUMNS))]
     require_columns(table, names, "table of features and labels")
-    return table[names].notna().to_numpy().all(axis=1)
+    places = [table.columns.get_loc(n) for n in names]
+    return table.notna().to_numpy()[:, places].all(axis=1)
 
 
 def usable_rows(

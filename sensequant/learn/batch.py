@@ -139,11 +139,11 @@ class Job:
 
 # %% ../../nbs/5_learn/57_batch.ipynb #fa399607
 def teacher_files(
-    run: Run,
     window: Window,
     rows: pd.DataFrame,  # from `window_rows` or a panel
     recipe: Recipe,
     device: Mapping[str, Any],  # LightGBM's parameters of the device
+    named: dict[str, str],  # recipe and rows, as its job names them
 ) -> dict[str, bytes]:  # name to content
     "Train a window's teacher; its model, out-of-fold labels and what is known of them as files."
     names = table_names(rows)
@@ -153,7 +153,7 @@ def teacher_files(
     about: dict[str, Any] = {"window_label": window.label, "symbol": window.symbol}
     about |= {"start_date": window.start, "end_date": window.end, "n_rows": len(rows)}
     about |= {"features": names, "saw_until": rows["label_known_at"].max()}
-    about |= {"recipe": digest(recipe), "rows": rows_sha256(rows), "device": dict(device)}
+    about |= named | {"device": dict(device)}
     about["feature_set"] = feature_set(rows[list(names)], recipe.groups)
     about |= model_header("teacher", names, read_inputs(run).interval)
     return {
@@ -310,27 +310,34 @@ class TeacherTask:
         "Skip, find or make one window."
         if plan.skip_class:
             return skipped("teacher", plan)
-        make = lambda: self.trained(plan.window, rows)  # noqa: E731
-        names = digest(self.recipe), rows_sha256(rows)
-        job = Job("teacher", plan.window, *names, make)
+        named = {"recipe": digest(self.recipe), "rows": rows_sha256(rows)}
+        make = lambda: self.trained(plan.window, rows, named)  # noqa: E731
+        job = Job("teacher", plan.window, **named, make=make)
         if item.speaks:
             note_settings(self.run, self.recipe, plan.window, len(rows))
         return _found(self.run, job, self.rules) or make_window(self.run, job, self.rules)
 
-    def trained(self, window: Window, rows: pd.DataFrame) -> tuple[dict[str, bytes], str]:
+    def trained(
+        self,
+        window: Window,
+        rows: pd.DataFrame,
+        named: dict[str, str],  # recipe and rows
+    ) -> tuple[dict[str, bytes], str]:
         "The files of a window, and the device that made them."
         choice = choose_device(len(rows), self.recipe.teacher, current_device())
-        done = train_on(choice, lambda device: self.files_on(device, window, rows))
+        done = train_on(choice, lambda device: self.files_on(device, window, rows, named))
         if done.choice.warning:
             where, words = window.symbol, done.choice.warning
             self.run.events.emit("warning", phase="2_teacher", symbol=where, message=words)
         note_device(self.run, window, done.choice)
         return done.value, done.choice.device.name
 
-    def files_on(self, device: Device, window: Window, rows: pd.DataFrame) -> dict[str, bytes]:
+    def files_on(
+        self, device: Device, window: Window, rows: pd.DataFrame, named: dict[str, str]
+    ) -> dict[str, bytes]:
         "The files of a window, made on a device."
         told = lightgbm_parameters(device, self.recipe.teacher.gpu_use_dp)
-        return teacher_files(self.run, window, rows, self.recipe, told)
+        return teacher_files(window, rows, self.recipe, told, named)
 
 # %% ../../nbs/5_learn/57_batch.ipynb #19cb9342
 def note_settings(run: Run, recipe: Recipe, window: Window, n_rows: int) -> None:
@@ -514,12 +521,13 @@ class StudentTask:
     ) -> list[WindowRecord]:  # one for each of them
         "Outcomes of the students whose teachers are there."
         unseen = self.unseen(teachers)
+        rewarded = self.rules.reward.reward_weighting != "none"
         previous, records = None, []
         with threadpool_limits(1):
             for teacher in teachers:
                 record = tell(self.run, self.outcome(teacher, unseen, previous))
-                taught = record.status == "success"
-                previous = load_window_student(self.run, teacher.window_label) if taught else None
+                asked = rewarded and record.status == "success"
+                previous = load_window_student(self.run, teacher.window_label) if asked else None
                 records.append(record)
         return records
 

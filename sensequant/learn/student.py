@@ -22,7 +22,6 @@ from scipy.spatial.distance import cdist, pdist
 from scipy.special import expit, softmax
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression, SGDClassifier
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -30,7 +29,12 @@ from ..core.errors import DataError
 from ..core.events import json_bytes
 from ..core.types import require_columns
 from ..features.features import TECHNICAL
-from ..features.labels import CLASSES, label_scores
+from sensequant.features.labels import (
+    CLASSES,
+    area_under_curve,
+    confusion_table,
+    label_scores,
+)
 from ..features.windows import purged_folds
 from .teacher import PROBABILITIES
 
@@ -383,15 +387,13 @@ def _probability_scores(p: np.ndarray, happened: np.ndarray) -> dict[str, float 
     return dict(zip(names, brier + loss, strict=True))
 
 # %% ../../nbs/5_learn/53_student.ipynb #9518dff8
-def _by_class(words: np.ndarray, chosen: np.ndarray, p: np.ndarray) -> dict[str, dict]:
-    "Precision, recall, F1, AUC and number of bars of each class."
-    scores = precision_recall_fscore_support(words, chosen, labels=list(CLASSES), zero_division=0.0)
-    names, out = ("precision", "recall", "f1", "n"), {}
+def _by_class(scores: dict[str, Any], words: np.ndarray, p: np.ndarray) -> dict[str, dict]:
+    "Precision, recall, F1, AUC and number of bars of each class, from `label_scores` and rows."
+    out = {}
     for k, c in enumerate(CLASSES):
+        line = {n: scores[f"{n}_{c.lower()}"] for n in ("precision", "recall", "f1")}
         hit = words == c
-        auc = float(roc_auc_score(hit, p[:, k])) if 0 < hit.sum() < len(hit) else None
-        line = {n: column[k].item() for n, column in zip(names, scores, strict=True)}
-        out[c] = line | {"auc": auc}
+        out[c] = line | {"n": int(hit.sum()), "auc": area_under_curve(hit, p[:, k])}
     return out
 
 # %% ../../nbs/5_learn/53_student.ipynb #14791827
@@ -404,12 +406,11 @@ def student_scores(
         raise DataError("each opinion needs its outcome", f"{len(said)} and {len(truth)} rows")
     whole = said[list(PROBABILITIES)].notna().all(axis=1) & truth.notna()
     said, truth = said[whole], truth[whole]
-    p, words = said[list(PROBABILITIES)].to_numpy(float), truth.to_numpy(dtype=str)
-    scores = label_scores(truth, p)
-    chosen, spoken = np.asarray(CLASSES)[p.argmax(axis=1)], _spoken(said, truth)
-    counts = confusion_matrix(words, chosen, labels=list(CLASSES)).tolist()
+    p, words = said[list(PROBABILITIES)].to_numpy(float), truth.to_numpy(object)
+    scores, spoken = label_scores(truth, p), _spoken(said, truth)
+    counts = confusion_table(scores).to_numpy().tolist()
     return scores | {
-        "classes": _by_class(words, chosen, p),
+        "classes": _by_class(scores, words, p),
         "confusion": {"labels": list(CLASSES), "counts": counts},  # row: came, column: said
         **_probability_scores(*spoken),
         "n_open": int((~whole).sum()),
@@ -427,13 +428,16 @@ def reliability_table(
     "What was predicted on average and how often it came, by class and tenth."
     whole = said[list(PROBABILITIES)].notna().all(axis=1) & truth.notna()
     p, happened = _spoken(said[whole], truth[whole])
-    lines = pd.DataFrame(
-        {"class": np.tile(CLASSES, len(p)), "predicted": p.ravel(), "observed": happened.ravel()}
-    )
-    bins = np.minimum((lines["predicted"] * RELIABILITY_BINS).astype(int), RELIABILITY_BINS - 1)
-    groups = lines.assign(bin=bins / RELIABILITY_BINS).groupby(["class", "bin"])
-    out = groups.mean().assign(n=groups.size()).reset_index()
-    return out
+    bins = np.minimum((p * RELIABILITY_BINS).astype(int), RELIABILITY_BINS - 1)
+    cell = (bins + RELIABILITY_BINS * np.arange(len(CLASSES))).ravel()
+    size = RELIABILITY_BINS * len(CLASSES)
+    n = np.bincount(cell, minlength=size)
+    sums = [np.bincount(cell, values.ravel(), size) for values in (p, happened)]
+    held = np.flatnonzero(n)
+    out = {"class": np.array(CLASSES, object)[held // RELIABILITY_BINS]}
+    out |= {"bin": held % RELIABILITY_BINS / RELIABILITY_BINS}
+    out |= {k: s[held] / n[held] for k, s in zip(("predicted", "observed"), sums, strict=True)}
+    return pd.DataFrame(out | {"n": n[held]})
 
 
 def calibration_error(
@@ -475,12 +479,12 @@ def agreement(
     "How alike student and teacher speak; it says nothing about the market."
     if not student.index.equals(teacher.index):
         raise DataError("agreement needs the same bars", f"{len(student)} and {len(teacher)} rows")
-    both = student["score"].notna() & teacher["score"].notna()
-    mine, its = student[both], teacher[both]
-    same = [f[list(PROBABILITIES)].to_numpy().argmax(axis=1) for f in (mine, its)]
-    told = both.sum() > 1 and mine["score"].std() > 0 and its["score"].std() > 0
-    alike = float(mine["score"].corr(its["score"])) if told else None
-    share = float((same[0] == same[1]).mean()) if both.any() else None
+    scores = np.array([f["score"].to_numpy(float) for f in (student, teacher)])
+    both = ~np.isnan(scores).any(axis=0)
+    told = both.sum() > 1 and (np.ptp(scores[:, both], axis=1) > 0).all()
+    alike = float(np.corrcoef(scores[:, both])[0, 1]) if told else None
+    mine, its = (f[list(PROBABILITIES)].to_numpy()[both] for f in (student, teacher))
+    share = float((mine.argmax(axis=1) == its.argmax(axis=1)).mean()) if both.any() else None
     return {"same_class": share, "score_correlation": alike, "n": int(both.sum())}
 
 # %% ../../nbs/5_learn/53_student.ipynb #726bb486

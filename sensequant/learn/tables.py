@@ -193,7 +193,7 @@ def table_names(
     rows: pd.DataFrame,  # of a symbol or a panel
 ) -> tuple[str, ...]:  # feature columns, in order
     "The features among the columns of a window's rows."
-    return feature_names(rows.drop(columns=[c for c in OWN if c in rows]))
+    return tuple(c for c in feature_names(rows) if c not in OWN)
 
 # %% ../../nbs/5_learn/55_tables.ipynb #ff9bb357
 def comparable(

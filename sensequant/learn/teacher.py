@@ -190,7 +190,8 @@ def _columns(rows: pd.DataFrame, names: tuple[str, ...], spec: TreeSpec) -> None
 # %% ../../nbs/5_learn/51_teacher.ipynb #6d869691
 def _features(rows: pd.DataFrame, names: tuple[str, ...]) -> np.ndarray:
     "Shape (n_rows, n_features); no row may be empty."
-    x = np.ascontiguousarray(rows[list(names)].to_numpy(float))
+    places = [rows.columns.get_loc(n) for n in names]
+    x = np.ascontiguousarray(rows.take(places, axis=1).to_numpy(float))
     if (empty := np.isnan(x).all(axis=1)).any():
         first = rows.index[empty.argmax()]
         found = f"{empty.sum()} of {len(x)} rows have none, first {first}"
