@@ -143,7 +143,7 @@ def teacher_files(
     rows: pd.DataFrame,  # from `window_rows` or a panel
     recipe: Recipe,
     device: Mapping[str, Any],  # LightGBM's parameters of the device
-    named: dict[str, str],  # recipe and rows, as its job names them
+    told: dict[str, Any],  # recipe and rows as its job names them, and its `model_header`
 ) -> dict[str, bytes]:  # name to content
     "Train a window's teacher; its model, out-of-fold labels and what is known of them as files."
     names = table_names(rows)
@@ -152,10 +152,8 @@ def teacher_files(
     taught = teach(rows, names, spec, terms)
     about: dict[str, Any] = {"window_label": window.label, "symbol": window.symbol}
     about |= {"start_date": window.start, "end_date": window.end, "n_rows": len(rows)}
-    about |= {"features": names, "saw_until": rows["label_known_at"].max()}
-    about |= named | {"device": dict(device)}
+    about |= told | {"saw_until": rows["label_known_at"].max(), "device": dict(device)}
     about["feature_set"] = feature_set(rows[list(names)], recipe.groups)
-    about |= model_header("teacher", names, read_inputs(run).interval)
     return {
         "model.txt.zst": pack_teacher(taught.teacher),
         "labels.parquet": parquet_bytes(pd.concat([rows, taught.soft], axis=1)),
@@ -336,8 +334,9 @@ class TeacherTask:
         self, device: Device, window: Window, rows: pd.DataFrame, named: dict[str, str]
     ) -> dict[str, bytes]:
         "The files of a window, made on a device."
-        told = lightgbm_parameters(device, self.recipe.teacher.gpu_use_dp)
-        return teacher_files(window, rows, self.recipe, told, named)
+        place = lightgbm_parameters(device, self.recipe.teacher.gpu_use_dp)
+        header = model_header("teacher", table_names(rows), read_inputs(self.run).interval)
+        return teacher_files(window, rows, self.recipe, place, named | header)
 
 # %% ../../nbs/5_learn/57_batch.ipynb #19cb9342
 def note_settings(run: Run, recipe: Recipe, window: Window, n_rows: int) -> None:
