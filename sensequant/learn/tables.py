@@ -5,18 +5,20 @@ together."""
 
 # %% auto #0
 __all__ = ['POOLED', 'OWN', 'WindowSpec', 'Recipe', 'digest', 'write_recipe', 'read_recipe', 'learning_table', 'symbol_table',
-           'run_windows', 'plan_symbol', 'window_rows', 'Span', 'table_names', 'comparable', 'Panel', 'panel_rows',
-           'rows_sha256', 'plan_pooled']
+           'run_windows', 'plan_symbol', 'window_rows', 'with_sigma', 'Span', 'table_names', 'comparable', 'Panel',
+           'panel_of', 'panel_rows', 'rows_sha256', 'plan_pooled']
 
 # %% ../../nbs/5_learn/55_tables.ipynb #ed973892
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from ..core.types import Interval
 from ..data.runs import Inputs, Run, pinned_bars, read_inputs
 from sensequant.features.feature_sets import (
     Context,
@@ -27,6 +29,7 @@ from sensequant.features.feature_sets import (
 )
 from ..features.labels import LabelSpec, make_labels, sample_weights, volatility
 from sensequant.features.panel import (
+    MIN_SYMBOLS,
     known_together,
     rank_across,
     relative_classes,
@@ -162,13 +165,15 @@ def window_rows(
 POOLED = "POOLED"  # stands where a symbol's code would, when one model serves all
 
 
-def _pooled_table(run: Run, symbol: str, recipe: Recipe) -> pd.DataFrame:
-    "The table of a symbol with the volatility its target is measured in."
-    bars, spec = pinned_bars(run, symbol), recipe.label
-    table, interval = symbol_table(run, symbol, recipe), read_inputs(run).interval
+def with_sigma(
+    table: pd.DataFrame,  # of one symbol, from `learning_table`
+    bars: pd.DataFrame,  # behind it
+    interval: Interval,  # of the bars
+    spec: LabelSpec,
+) -> pd.DataFrame:  # and `sigma`, the volatility of the horizon, fraction, known at each row
+    "A table with what its pooled target is measured in."
     daily = volatility(bars["close"], spec.label_volatility_span, interval)
-    sigma = daily * np.sqrt(spec.horizon_days)
-    return table.assign(sigma=sigma)
+    return table.assign(sigma=daily * np.sqrt(spec.horizon_days))
 
 # %% ../../nbs/5_learn/55_tables.ipynb #1a19ae60
 @dataclass(frozen=True)
@@ -216,21 +221,34 @@ class Panel:
     newest: pd.Timestamp | None  # last bar of any symbol, after the span too, IST
 
 
-def panel_rows(
-    run: Run,
+def panel_of(
+    tables: Iterable[tuple[str, pd.DataFrame]],  # symbol and its table, `with_sigma`
     span: Any,  # Window or Span: whatever cuts a frame with `slice`
     recipe: Recipe,
 ) -> Panel:
     "The usable rows of all symbols in a span, made comparable across symbols."
-    required, parts, ends = required_columns(recipe.groups), {}, []
-    for symbol in read_inputs(run).symbols:
-        table = _pooled_table(run, symbol, recipe)
-        parts[symbol] = usable_rows(span.slice(table), (*required, "sigma"))
+    required, parts, ends = (*required_columns(recipe.groups), "sigma"), {}, []
+    for symbol, table in tables:
+        parts[symbol] = usable_rows(span.slice(table), required)
         ends.append(table.index[-1])
     rows = comparable(stack(parts)).dropna(subset=["target"])
     rows["label_known_at"] = known_together(rows)  # a target knows what the others did
     rows["weight"] = sample_weights(rows, recipe.window.sample_weights)
     return Panel(rows, max(ends))
+
+
+def panel_rows(
+    run: Run,
+    span: Any,  # Window or Span
+    recipe: Recipe,
+) -> Panel:
+    "The panel of a run; one symbol's table is held at a time."
+    inputs, spec = read_inputs(run), recipe.label
+    tables = (
+        (s, with_sigma(symbol_table(run, s, recipe), pinned_bars(run, s), inputs.interval, spec))
+        for s in inputs.symbols
+    )
+    return panel_of(tables, span, recipe)
 
 # %% ../../nbs/5_learn/55_tables.ipynb #b4545165
 def rows_sha256(
@@ -249,7 +267,7 @@ def _pooled_skip(window: Window, panel: Panel, recipe: Recipe) -> tuple[str | No
     "Whether a pooled window must be skipped, and why."
     rows, need = panel.rows, recipe.window.min_window_bars
     if rows.empty or panel.newest is None:
-        return "no_data", "no row of any symbol can be used in the window"
+        return "no_data", f"no moment has {MIN_SYMBOLS} symbols to compare"
     last = sessions(window.start, window.end)[-1]
     needed = next_session(last.date(), recipe.label.horizon_days)
     if panel.newest.normalize() < needed:

@@ -83,13 +83,17 @@ from sensequant.govern.pages import (
 from ..learn.batch import BatchRules
 from ..learn.rewards import RewardSpec
 from sensequant.learn.tables import (
+    POOLED,
     Recipe,
     WindowSpec,
     learning_table,
+    panel_of,
+    plan_pooled,
     plan_symbol,
     run_windows,
     table_names,
     window_rows,
+    with_sigma,
 )
 from ..learn.teacher import TeacherSpec, fit_teacher, pack_teacher
 from ..market.simulator import MarketSpec
@@ -268,12 +272,9 @@ def recipe_of(
     return Recipe(*parts, scope=config["scope"], compare_scopes=config["compare_scopes"])
 
 
-def _measure(windows: list[PlannedWindow], table: Any, recipe: Recipe) -> tuple[float, float]:
+def _measure(rows: pd.DataFrame, recipe: Recipe) -> tuple[float, float]:
     "Seconds and megabytes of one window's teacher, by training its final model once."
-    ready = next((p for p in windows if p.skip_class is None), None)
-    if ready is None:
-        return 0.0, 0.0
-    began, rows = time.perf_counter(), window_rows(table, ready.window, recipe)
+    began = time.perf_counter()
     size = len(pack_teacher(fit_teacher(rows, table_names(rows), recipe.teacher)))
     return (time.perf_counter() - began) * (recipe.teacher.folds + 1), size / 1e6 + 0.1
 
@@ -296,40 +297,76 @@ def _planned_bars(
     return bars
 
 # %% ../../nbs/9_ops/93_orchestrator.ipynb #3c418e31
+def _plain_recipe(config: dict[str, Any]) -> Recipe:
+    "The recipe with the technical features alone, which decide what rows are whole."
+    return replace(recipe_of(config), groups=("technical",))
+
+
+def _asked_of(recipe: Recipe, pooled: bool) -> Recipe:
+    "The recipe with the question that a scope asks of its trees."
+    asked = replace(recipe.teacher, objective="regression") if pooled else recipe.teacher
+    return replace(recipe, teacher=asked)
+
+
+def _inputs_of(config: dict[str, Any], feed: Feed, *symbols: str) -> Inputs:
+    "What the run would read."
+    start, end = (date.fromisoformat(config[k]) for k in ("start", "end"))
+    listed = {s: feed.listed_on(s) for s in symbols}
+    return Inputs(start, end, Interval(config["interval"]), feed.simulated, listed, None)
+
+
 def _plan_symbol(
     config: dict[str, Any], feed: Feed, symbol: str, bars: pd.DataFrame
 ) -> tuple[list[PlannedWindow], pd.DataFrame]:  # windows by start, the symbol's table
     "A symbol's windows, as phase 2 will plan them."
-    start, end = (date.fromisoformat(config[k]) for k in ("start", "end"))
-    interval, listed = Interval(config["interval"]), {symbol: feed.listed_on(symbol)}
-    recipe = replace(recipe_of(config), groups=("technical",))  # alone decides which rows are whole
-    table = learning_table(bars, Context(interval), recipe)
-    inputs = Inputs(start, end, interval, feed.simulated, listed, None)
+    recipe, inputs = _plain_recipe(config), _inputs_of(config, feed, symbol)
+    table = learning_table(bars, Context(inputs.interval), recipe)
     return plan_symbol(inputs, symbol, table, recipe), table
 
 # %% ../../nbs/9_ops/93_orchestrator.ipynb #6ed1e8ca
+def _plan_windows(
+    config: dict[str, Any], feed: Feed, held: dict[str, pd.DataFrame]
+) -> Iterator[tuple[PlannedWindow, pd.DataFrame]]:  # and its rows, none when it is skipped
+    "The windows of each scope that will be trained, as phase 2 will plan them."
+    recipe, tables = _plain_recipe(config), {}
+    interval = Interval(config["interval"])
+    for symbol, bars in held.items():
+        planned, table = _plan_symbol(config, feed, symbol, bars)
+        tables[symbol] = with_sigma(table, bars, interval, recipe.label)
+        for plan in planned if "symbol" in recipe.scopes else []:
+            rows = table[:0] if plan.skip_class else window_rows(table, plan.window, recipe)
+            yield plan, rows
+    if "pooled" in recipe.scopes and tables:
+        for window in run_windows(_inputs_of(config, feed), POOLED, recipe):
+            panel = panel_of(tables.items(), window, recipe)
+            yield plan_pooled(window, panel, recipe), panel.rows
+
+
 def plan_run(
     config: dict[str, Any],  # from `run_config`
     feed: Feed,
     home: Path,  # its bar store is read with `skip_fetch`
 ) -> Plan:
     "Every window with its outcome, and what a run would cost; nothing is written."
-    recipe = replace(recipe_of(config), groups=("technical",))
-    store, rows, cost = BarStore(home / "data" / "bars"), 0, (0.0, 0.0)
-    windows: list[PlannedWindow] = []
+    store, held = BarStore(home / "data" / "bars"), {}
     refused: dict[str, str] = {}
     for symbol in config["symbols"] or feed.symbols():
         try:
-            bars = _planned_bars(config, feed, store, symbol)
+            held[symbol] = _planned_bars(config, feed, store, symbol)
         except SenseQuantError as error:
             refused[symbol] = str(error)
-            continue
-        planned, table = _plan_symbol(config, feed, symbol, bars)
-        cost = cost if cost[0] else _measure(planned, table, recipe)
-        windows, rows = windows + planned, rows + len(bars)
-    ready = sum(p.skip_class is None for p in windows)
-    seconds = ready * cost[0] / min(config["workers"], os.cpu_count() or 1)
-    return Plan(tuple(windows), rows, refused, seconds, ready * cost[1])
+    recipe, costs, total = _plain_recipe(config), {}, (0.0, 0.0)
+    windows: list[PlannedWindow] = []
+    for plan, rows in _plan_windows(config, feed, held):
+        windows.append(plan)
+        if plan.skip_class is None:
+            pooled = "target" in rows
+            if pooled not in costs:
+                costs[pooled] = _measure(rows, _asked_of(recipe, pooled))
+            total = (total[0] + costs[pooled][0], total[1] + costs[pooled][1])
+    windows.sort(key=lambda p: (p.window.symbol, p.window.start, p.window.end))
+    seconds = total[0] / min(config["workers"], os.cpu_count() or 1)
+    return Plan(tuple(windows), sum(map(len, held.values())), refused, seconds, total[1])
 
 # %% ../../nbs/9_ops/93_orchestrator.ipynb #44d9f963
 def state_of(home: Path) -> State:
