@@ -4,19 +4,20 @@ CPU seconds are the steady figure; wall clock depends on who else uses the machi
 passes or fails: `make bench` prints, a person reads.
 """
 
+import argparse
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 
-import lightgbm as lgb
 import pandas as pd
 import psutil
 from bench_data import bench_store
 from bench_fetch import bench_fetch
+from bench_learn import bench_learn
 
 from sensequant.backtest.backtester import long_flat
 from sensequant.backtest.stat_tests import stat_tests
@@ -25,22 +26,15 @@ from sensequant.data.bars import BarStore
 from sensequant.data.feeds import SimulatedFeed
 from sensequant.data.ingest import ingest
 from sensequant.data.runs import Run, pin_run, pinned_bars
-from sensequant.features.features import FEATURES, features
-from sensequant.features.labels import CLASSES
-from sensequant.learn.batch import (
-    WindowSpec,
-    count_outcomes,
-    symbol_table,
-    train_students,
-    train_teachers,
-)
+from sensequant.features.features import TECHNICAL, technical
+from sensequant.learn.batch import BatchRules, train_students, train_teachers
 from sensequant.learn.predictions import chain_predictions
-from sensequant.learn.student import StudentSpec
-from sensequant.learn.teacher import TeacherSpec
+from sensequant.learn.records import count_outcomes
+from sensequant.learn.tables import Recipe, symbol_table
 from sensequant.market.simulator import MarketSpec, simulate
 
 MARKET = MarketSpec(20, date(2021, 7, 5), date(2024, 12, 31))
-TREES, WINDOWS = TeacherSpec(), WindowSpec()
+RECIPE = Recipe()
 
 
 @dataclass
@@ -86,65 +80,49 @@ def make_run(folder: Path, watch: Stopwatch) -> Run:
     return run
 
 
-def bare_lightgbm(run: Run, labels: list[str]) -> Callable[[], None]:
-    """The floor: the very fits the teachers need, six a window, and nothing else."""
-    tables = [run.artifacts.read_parquet(f"teacher/{w}/labels.parquet") for w in labels]
-    codes = {c: k for k, c in enumerate(CLASSES)}
-    data = [(t[list(FEATURES)].to_numpy(), t["label"].map(codes).to_numpy(float)) for t in tables]
-    share = 1 - 1 / TREES.folds
-
-    def fit_all() -> None:
-        for x, y in data:
-            for rows in [len(x)] + [int(share * len(x))] * TREES.folds:
-                part = lgb.Dataset(x[:rows], y[:rows], params=TREES.parameters())
-                lgb.train(TREES.parameters(), part, TREES.n_estimators, keep_training_booster=True)
-
-    return fit_all
-
-
 def main() -> None:
     """Time the default run's work, piece by piece, and print ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="phases 2 and 3 on 96 symbols, not 24")
+    symbols = 96 if parser.parse_args().full else 24
     watch, folder = Stopwatch(), Path(tempfile.mkdtemp())
     run = make_run(folder, watch)
     bars = {s: pinned_bars(run, s) for s in SimulatedFeed(MARKET).symbols()}
-    with watch.timed("features", f"{sum(map(len, bars.values())):,} bars x {len(FEATURES)}"):
+    with watch.timed("features", f"{sum(map(len, bars.values())):,} bars x {len(TECHNICAL)}"):
         for frame in bars.values():
-            features(frame)
+            technical(frame)
     with watch.timed("tables with labels", "20 symbols"):
         for symbol in bars:
-            symbol_table(run, symbol, WINDOWS)
+            symbol_table(run, symbol, RECIPE)
     with watch.timed("teachers, 1 worker") as serial:
-        records = train_teachers(run, WINDOWS, TREES, workers=1)
-    trained = [r.window_label for r in records if r.status == "success"]
-    serial["amount"] = f"{len(trained)} of {len(records)} windows"
-    floor_work = bare_lightgbm(run, trained)
-    with watch.timed("LightGBM alone, same fits", f"{len(trained)} windows x 6 fits") as floor:
-        floor_work()
-    with watch.timed("found done, 1 worker", f"{len(trained)} windows") as again:
-        train_teachers(run, WINDOWS, TREES, workers=1)
+        records = train_teachers(run, RECIPE)
+    trained = count_outcomes(records)["success"]
+    serial["amount"] = f"{trained} of {len(records)} windows"
+    with watch.timed("found done, 1 worker", f"{trained} windows") as again:
+        train_teachers(run, RECIPE)
     other = make_run(Path(tempfile.mkdtemp()), Stopwatch())
-    with watch.timed("teachers, 2 workers", f"{len(trained)} windows") as double:
-        train_teachers(other, WINDOWS, TREES, workers=2)
-    with watch.timed("students, 1 worker", f"{len(trained)} windows"):
-        students = train_students(run, (WINDOWS, TREES, StudentSpec()))
+    with watch.timed("teachers, 2 workers", f"{trained} windows") as double:
+        train_teachers(other, RECIPE, BatchRules(2))
+    with watch.timed("students, 1 worker", f"{trained} windows"):
+        students = train_students(run)
     with watch.timed("predictions") as said:
-        predictions = chain_predictions(run, WINDOWS)
+        predictions = chain_predictions(run, RECIPE)
     said["amount"] = f"{len(predictions):,} rows of {count_outcomes(students)['success']} students"
     with watch.timed("backtest", f"{predictions['ts'].nunique()} sessions x 20"):
         daily = long_flat(predictions, bars)
     with watch.timed("statistics", "2,000 resamples"):
         stat_tests(daily, predictions, horizon=5, seed=1)
     ratios = {
-        "teachers / LightGBM alone (CPU; 1 is the floor)": serial["cpu s"] / floor["cpu s"],
         "2 workers / 1 worker (wall; 0.5 is ideal)": double["wall s"] / serial["wall s"],
         "found done / trained (CPU; what a resume pays)": again["cpu s"] / serial["cpu s"],
-        "windows a minute, 2 workers (wall)": 60 * len(trained) / double["wall s"],
+        "windows a minute, 2 workers (wall)": 60 * trained / double["wall s"],
     }
+    ratios |= bench_learn(Path(tempfile.mkdtemp()), watch, symbols)
     ratios |= bench_store(Path(tempfile.mkdtemp()), watch)
     ratios |= bench_fetch(Path(tempfile.mkdtemp()), watch)
     print(watch.table().to_string(), "\n")
     for name, value in ratios.items():
-        print(f"{name:<52}{value:8.3f}")
+        print(f"{name:<58}{value:8.3f}")
 
 
 if __name__ == "__main__":
