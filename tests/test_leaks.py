@@ -288,7 +288,7 @@ def of(predictions, symbol, until):
 
 def test_bars_of_others_matter_to_a_rank_at_once_and_never_before(planted, pooled, tmp_path):
     "A cut in the middle of a turn: the symbol's own bars stay, those of all others are made up."
-    bars, run, *_ = planted
+    bars, *_ = planted
     days = np.sort(pooled["ts"].unique())
     cut, after = (pd.Timestamp(days[len(days) * 6 // 10 + k]) for k in (0, 1))
     ruined = {s: b if s == "SIM003" else garbled(b, cut) for s, b in bars.items()}
@@ -552,12 +552,12 @@ def test_a_scored_bar_of_all_is_later_than_all_that_their_model_learned_from(pla
     late = planted[0]["SIM006"]
     hole = late.loc[end : end + pd.Timedelta(days=16)].index
     recipe, bars = (
-        replace(cut_by(150, 65), scope="pooled"),
+        replace(cut_by(150, 130), scope="pooled"),
         planted[0] | {"SIM006": late.drop(hole)},
     )
     run, students, predictions = made(tmp_path, bars, recipe)
     require_later(run, students, predictions, recipe)
-    assert sum(r.status == "success" for r in students) > 5
+    assert sum(r.status == "success" for r in students) > 3
 
 
 def test_a_scored_evening_is_later_than_what_its_models_learned_from(half_hours, tmp_path):
