@@ -5,6 +5,7 @@ circle: their autocorrelation stays, their link to the features goes. What a mod
 out here from the bars alone, not read from `label_known_at`: a wrong record cannot excuse itself.
 """
 
+from dataclasses import replace
 from datetime import date, timedelta
 
 import numpy as np
@@ -20,30 +21,42 @@ from sensequant.data.bars import BarStore
 from sensequant.data.feeds import SimulatedFeed
 from sensequant.data.ingest import ingest
 from sensequant.data.runs import Inputs, Run, pin_bars, pin_inputs, pin_run, pinned_bars
-from sensequant.features.features import FEATURES
-from sensequant.features.labels import forward_labels
+from sensequant.features.feature_sets import Context
+from sensequant.features.features import TECHNICAL
+from sensequant.features.labels import LabelSpec, forward_labels
 from sensequant.features.windows import Window, first_after, purged_folds
-from sensequant.learn import batch
-from sensequant.learn.batch import (
-    WindowRecord,
+from sensequant.learn import batch, tables
+from sensequant.learn.batch import train_students, train_teachers
+from sensequant.learn.predictions import chain_predictions
+from sensequant.learn.records import WindowRecord, read_window_runs, turns
+from sensequant.learn.tables import (
+    POOLED,
+    Recipe,
     WindowSpec,
-    read_window_runs,
-    train_students,
-    train_teachers,
+    learning_table,
+    panel_rows,
+    table_names,
 )
-from sensequant.learn.predictions import chain_predictions, turns
-from sensequant.learn.student import StudentSpec
 from sensequant.learn.teacher import TeacherSpec, fit_teacher, out_of_fold, pack_teacher
 from sensequant.market.simulator import MarketSpec, simulate
 
 START, END = date(2022, 1, 1), date(2024, 3, 28)
-SPEC = WindowSpec(180, 180)
 TREES = TeacherSpec(n_estimators=25, learning_rate=0.1)
-SAID = ["ts", "window_label", "p_long", "p_short", "score"]  # of a prediction, before hindsight
+RECIPE = Recipe(WindowSpec(180, 180), teacher=TREES)
+TOGETHER = replace(RECIPE, scope="pooled")
+SCOPES = ("symbol", "pooled")
+# Of a prediction, before hindsight.
+SAID = ["ts", "window_label", "p_long", "p_short", "score", "dissimilarity"]
 FREE = LongFlatRule(cost_bps_per_side=0.0)
 
 
-def taught(folder, bars, spec=SPEC, start=START, end=END, interval=Interval.DAY):
+def cut_by(days, step, horizon=5):
+    "A recipe with other windows and labels."
+    label = LabelSpec(horizon_days=horizon)
+    return replace(RECIPE, window=WindowSpec(days, step), label=label)
+
+
+def taught(folder, bars, recipe=RECIPE, start=START, end=END, interval=Interval.DAY):
     "A run over these bars with its teachers and students."
     run = Run("live_candidate_20240101_093000", folder)
     for symbol, frame in bars.items():
@@ -51,14 +64,32 @@ def taught(folder, bars, spec=SPEC, start=START, end=END, interval=Interval.DAY)
     pin_inputs(run, Inputs(start, end, interval, True, dict.fromkeys(bars), None))
     with run.state as state:
         state.start_run(run.run_id, {}, 1, True)
-    train_teachers(run, spec, TREES)
-    return run, train_students(run, (spec, TREES, StudentSpec()))
+    train_teachers(run, recipe)
+    return run, train_students(run)
 
 
-def made(folder, bars, spec=SPEC, **inputs):
-    "A run over these bars, trained, with its predictions."
-    run, students = taught(folder, bars, spec, **inputs)
-    return run, students, chain_predictions(run, spec)
+def made(folder, bars, recipe=RECIPE, **inputs):
+    "A run over these bars, trained, with the predictions of the judged scope."
+    run, students = taught(folder, bars, recipe, **inputs)
+    return run, students, chain_predictions(run, recipe)
+
+
+def models(run, symbol):
+    """By window: hashes of everything a teacher left, and of its student's model. How a student
+    did later and until when it was scored stand in other files."""
+    hashes = {}
+    for kind in ("teacher", "student"):
+        for record in read_window_runs(run, kind):
+            if record.symbol == symbol and record.status == "success":
+                held = {p: h for p, h in record.artifacts.items() if keeps(p)}
+                hashes.setdefault(record.window_label, {}).update(held)
+    assert all(len(h) == 7 for h in hashes.values())
+    return hashes
+
+
+def keeps(path):
+    "Whether a file must not depend on what comes after its window."
+    return path.startswith("teacher/") or path.endswith("student.model")
 
 
 def market(symbols=6, ic=0.4, seed=7, end=END):
@@ -71,8 +102,14 @@ def market(symbols=6, ic=0.4, seed=7, end=END):
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     "A market with a strong signal, and what the pipeline makes of it."
-    bars = market()
-    return bars, *made(tmp_path_factory.mktemp("planted"), bars)
+    bars, recipe = market(), replace(RECIPE, compare_scopes=True)
+    return bars, *made(tmp_path_factory.mktemp("planted"), bars, recipe)
+
+
+@pytest.fixture(scope="module")
+def pooled(planted):
+    "What the models of all symbols together say of the same market."
+    return chain_predictions(planted[1], RECIPE, "pooled")
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +156,9 @@ def with_error(figure, predictions, blocks=20):
     return figure(predictions), error
 
 
-def test_a_planted_signal_is_found(planted):
-    *_, predictions = planted
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_planted_signal_is_found(planted, pooled, scope):
+    predictions = pooled if scope == "pooled" else planted[-1]
     found = rank_ic(predictions, 5)
     assert found.mean > 0.1 and found.t > 4
     for figure, nothing in ((auc, 0.5), (uplift, 0.0), (mean_ic, 0.0)):
@@ -130,40 +168,47 @@ def test_a_planted_signal_is_found(planted):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shift", [-40, -20, 85, 130, 250])
-def test_labels_shifted_in_a_circle_leave_nothing_to_find(planted, tmp_path, monkeypatch, shift):
+def test_labels_shifted_in_a_circle_leave_nothing_to_find(
+    planted, pooled, tmp_path, monkeypatch, shift
+):
     """A label from later days (shift below 0) need only be three horizons away. One from earlier
-    days must lie beyond the 50 bars that the features remember: nearer, they know it rightly."""
+    days must lie beyond the 60 bars that the features remember: nearer, they know it rightly."""
     bars, *_ = planted
-    whole = batch.label_table
+    whole = tables.learning_table
 
-    def shifted(frame, interval, spec):
+    def shifted(frame, context, recipe):
         "The same features beside labels of other days, each known when its row's own would be."
-        table = whole(frame, interval, spec)
+        table = whole(frame, context, recipe)
         known = table["label"].notna()
         for column in ("label", "forward_return"):
             table.loc[known, column] = np.roll(table.loc[known, column].to_numpy(), shift)
         return table
 
-    monkeypatch.setattr(batch, "label_table", shifted)
-    *_, predictions = made(tmp_path, bars)
-    assert len(predictions) == len(planted[-1])
-    for figure, nothing in ((auc, 0.5), (uplift, 0.0), (mean_ic, 0.0)):
-        value, error = with_error(figure, predictions)
-        assert abs(value - nothing) < 3 * error, figure.__name__
-    assert abs(rank_ic(predictions, 5).t) < 3.5
+    monkeypatch.setattr(tables, "learning_table", shifted)
+    run, *_ = taught(tmp_path, bars, replace(RECIPE, compare_scopes=True))
+    for scope, honest in zip(SCOPES, (planted[-1], pooled), strict=True):
+        predictions = chain_predictions(run, RECIPE, scope)
+        assert len(predictions) == len(honest)
+        for figure, nothing in ((auc, 0.5), (uplift, 0.0), (mean_ic, 0.0)):
+            value, error = with_error(figure, predictions)
+            assert abs(value - nothing) < 3 * error, (scope, figure.__name__)
+        assert abs(rank_ic(predictions, 5).t) < 3.5, scope
 
 
 @pytest.mark.slow
 def test_null_markets_hold_nothing(tmp_path):
-    found = {auc: [], uplift: [], mean_ic: []}
-    for seed in range(21, 27):
-        *_, predictions = made(tmp_path / str(seed), market(ic=0.0, seed=seed))
-        for figure, values in found.items():
-            values.append(with_error(figure, predictions))
-    for figure, values in found.items():
-        value, error = np.array(values).T
-        mean, of_mean = value.mean(), np.sqrt((error**2).sum()) / len(error)
-        assert abs(mean - (0.5 if figure is auc else 0.0)) < 2.5 * of_mean, figure.__name__
+    "Six markets taken together, for both scopes."
+    recipe = replace(RECIPE, compare_scopes=True)
+    runs = [
+        taught(tmp_path / str(seed), market(ic=0.0, seed=seed), recipe)[0] for seed in range(21, 27)
+    ]
+    for scope in SCOPES:
+        said = [chain_predictions(run, recipe, scope) for run in runs]
+        for figure in (auc, uplift, mean_ic):
+            value, error = np.array([with_error(figure, p) for p in said]).T
+            mean, of_mean = value.mean(), np.sqrt((error**2).sum()) / len(error)
+            none = 0.5 if figure is auc else 0.0
+            assert abs(mean - none) < 2.5 * of_mean, (scope, figure.__name__)
 
 
 # --- what a model may know ------------------------------------------------------------------------
@@ -183,18 +228,44 @@ def garbled(bars, after, seed=3):
 def test_garbage_after_a_window_changes_neither_its_models_nor_what_was_said_before(
     planted, tmp_path, turn
 ):
-    bars, _, students, predictions = planted
+    bars, run, students, predictions = planted
     symbol = "SIM003"
     mine = [r for r in students if r.symbol == symbol and r.status == "success"]
     cut = pd.Timestamp(mine[turn].saw_until)
-    _, others, said = made(tmp_path, {symbol: garbled(bars[symbol], cut)})
-    for record, twin in zip(mine[: turn + 1], others, strict=False):
-        assert twin.window_label == record.window_label and twin.artifacts == record.artifacts
+    other, _, said = made(tmp_path, {symbol: garbled(bars[symbol], cut)})
+    held, again = models(run, symbol), models(other, symbol)
+    for record in mine[: turn + 1]:
+        assert again[record.window_label] == held[record.window_label]
     early = predictions[(predictions["symbol"] == symbol) & (predictions["ts"] <= cut)]
-    again = said[said["ts"] <= cut]
+    again_said = said[said["ts"] <= cut]
     assert len(early) >= 50 * turn
-    pd.testing.assert_frame_equal(early[SAID].reset_index(drop=True), again[SAID])
-    assert others[turn + 1].artifacts != mine[turn + 1].artifacts
+    pd.testing.assert_frame_equal(early[SAID].reset_index(drop=True), again_said[SAID])
+    later = mine[turn + 1].window_label
+    assert not set(again[later].values()) & set(held[later].values())
+
+
+@pytest.mark.parametrize("whose", ["all", "others"])
+@pytest.mark.parametrize("turn", [0, 2])
+def test_garbage_after_a_window_of_all_changes_neither_their_model_nor_what_was_said_before(
+    planted, pooled, tmp_path, turn, whose
+):
+    "The model of all symbols together: later bars of any of them do not matter."
+    bars, run, students, _ = planted
+    mine = [r for r in students if r.symbol == POOLED and r.status == "success"]
+    cut = pd.Timestamp(mine[turn].saw_until)
+    kept = [] if whose == "all" else ["SIM003"]
+    ruined = {
+        s: b if s in kept else garbled(b, cut, seed=k) for k, (s, b) in enumerate(bars.items())
+    }
+    other, _, said = made(tmp_path, ruined, TOGETHER)
+    held, again = models(run, POOLED), models(other, POOLED)
+    for record in mine[: turn + 1]:
+        assert again[record.window_label] == held[record.window_label]
+    early, again_said = (p[p["ts"] <= cut].reset_index(drop=True) for p in (pooled, said))
+    assert len(early) >= 300 * turn
+    pd.testing.assert_frame_equal(early[["symbol", *SAID]], again_said[["symbol", *SAID]])
+    later = mine[turn + 1].window_label
+    assert not set(again[later].values()) & set(held[later].values())
 
 
 @pytest.mark.parametrize("place", [0.2, 0.7])
@@ -209,14 +280,50 @@ def test_what_was_said_stays_whatever_comes_after(planted, tmp_path, place):
     assert said["score"].iloc[row + 1] != held["score"].iloc[row + 1]
 
 
-def test_the_bars_just_before_a_cut_do_matter(planted, tmp_path):
+def of(predictions, symbol, until):
+    "What was said of a symbol until a moment, before hindsight."
+    mine = predictions[(predictions["symbol"] == symbol) & (predictions["ts"] <= until)]
+    return mine[SAID].reset_index(drop=True)
+
+
+def test_bars_of_others_matter_to_a_rank_at_once_and_never_before(planted, pooled, tmp_path):
+    "A cut in the middle of a turn: the symbol's own bars stay, those of all others are made up."
+    bars, *_ = planted
+    days = np.sort(pooled["ts"].unique())
+    cut, after = (pd.Timestamp(days[len(days) * 6 // 10 + k]) for k in (0, 1))
+    ruined = {s: b if s == "SIM003" else garbled(b, cut) for s, b in bars.items()}
+    *_, said = made(tmp_path, ruined, TOGETHER)
+    before, again = of(pooled, "SIM003", cut), of(said, "SIM003", cut)
+    pd.testing.assert_frame_equal(before, again)
+    changed = of(pooled, "SIM003", after).iloc[-1] != of(said, "SIM003", after).iloc[-1]
+    assert len(before) > 100 and changed[["p_long", "score"]].all()
+
+
+def test_who_will_be_gone_tomorrow_is_still_there_today(planted, pooled, tmp_path):
+    "Bars of one symbol end in the middle of a turn: what was said of the others until then stays."
+    bars, *_ = planted
+    days = np.sort(pooled["ts"].unique())
+    cut = pd.Timestamp(days[len(days) * 6 // 10])
+    *_, said = made(tmp_path, bars | {"SIM006": bars["SIM006"].loc[:cut]}, TOGETHER)
+    for symbol in ("SIM001", "SIM004"):
+        pd.testing.assert_frame_equal(of(pooled, symbol, cut), of(said, symbol, cut))
+    assert said[said["symbol"] == "SIM001"]["ts"].max() > cut + pd.Timedelta(days=60)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_the_bars_just_before_a_cut_do_matter(planted, tmp_path, scope):
     "The cut of the test above is sharp: one session earlier, the teacher sees the garbage."
-    bars, _, students, _ = planted
-    mine = next(r for r in students if r.symbol == "SIM003")
+    bars, run, students, _ = planted
+    name = "SIM003" if scope == "symbol" else POOLED
+    mine = next(r for r in students if r.symbol == name)
     cut = pd.Timestamp(mine.saw_until) - pd.Timedelta(days=1)
-    _, others = taught(tmp_path, {"SIM003": garbled(bars["SIM003"], cut)})
+    held = bars if scope == "pooled" else {}
+    ruined = held | {"SIM003": garbled(bars["SIM003"], cut)}
+    other, others = taught(tmp_path, ruined, replace(RECIPE, scope=scope))
     assert others[0].window_label == mine.window_label
-    assert others[0].artifacts != mine.artifacts
+    pair = (models(r, name)[mine.window_label] for r in (run, other))
+    same = [a == b for a, b in zip(*map(dict.items, pair), strict=True)]
+    assert sum(same) <= 1  # at most its statistics
 
 
 def test_other_symbols_and_their_order_change_nothing(planted, tmp_path):
@@ -229,10 +336,22 @@ def test_other_symbols_and_their_order_change_nothing(planted, tmp_path):
     assert all(r.artifacts == mine[r.window_label] for r in others) and len(others) == 10
 
 
+def test_the_order_of_symbols_changes_nothing_for_all_together(planted, pooled, tmp_path):
+    bars, run, *_ = planted
+    other, _, said = made(tmp_path, dict(sorted(bars.items(), reverse=True)), TOGETHER)
+    pd.testing.assert_frame_equal(said, pooled)
+    assert models(other, POOLED) == models(run, POOLED)
+
+
 @pytest.mark.parametrize("interval", [Interval.DAY, Interval.MINUTE_30])
 def test_features_know_nothing_of_the_future(planted, half_hours, interval):
     bars = planted[0]["SIM001"] if interval is Interval.DAY else half_hours["SIM001"]
-    known = lambda frame: batch.label_table(frame, interval, SPEC)[list(FEATURES)]  # noqa: E731
+    recipe = replace(RECIPE, groups=("technical", "levels", "regime"))
+
+    def known(frame):
+        table = learning_table(frame, Context(interval), recipe)
+        return table[list(table_names(table))]
+
     require_causal(known, bars.iloc[-500:])
 
 
@@ -291,7 +410,7 @@ def test_labels_stop_where_the_run_stops(tmp_path):
     run, students, predictions = made(tmp_path / "run", {"SIM001": bars["whole"]})
     assert students[-1].skip_class == "insufficient_future"
     assert predictions["label_known_at"].max().date() <= END
-    assert predictions["ts"].max() == bars["whole"].index[-1 - SPEC.horizon_days]
+    assert predictions["ts"].max() == bars["whole"].index[-1 - RECIPE.label.horizon_days]
 
 
 # --- windows and folds ----------------------------------------------------------------------------
@@ -304,7 +423,7 @@ def test_teachers_learn_from_the_bars_of_their_window_alone(planted):
         rows = run.artifacts.read_parquet(f"{folder}/labels.parquet")
         assert date.fromisoformat(record.start_date) <= rows.index[0].date()
         assert rows.index[-1].date() <= date.fromisoformat(record.end_date)
-        again = pack_teacher(fit_teacher(rows, TREES))
+        again = pack_teacher(fit_teacher(rows, TECHNICAL, TREES, rows["weight"]))
         assert again == run.artifacts.read_bytes(f"{folder}/model.txt.zst")
         assert record.metrics["n_rows"] == len(rows)
 
@@ -319,7 +438,7 @@ def spans_apart(ts, ends, train, test):
 def random_rows(bars, interval, rng, most):
     "Rows of a random window with labels of a random horizon, and when each label's life ends."
     horizon, n = int(rng.integers(1, 13)), int(rng.integers(60, most))
-    table = batch.label_table(bars, interval, WindowSpec(horizon_days=horizon)).dropna()
+    table = learning_table(bars, Context(interval), cut_by(180, 180, horizon)).dropna()
     first = int(rng.integers(0, len(table) - n))
     rows = table.iloc[first : first + n]
     ends = last_prices(bars.index, horizon).reindex(rows.index)
@@ -347,23 +466,44 @@ def test_folds_never_touch_and_a_splitter_without_the_purge_is_caught(
 def test_an_opinion_does_not_know_the_labels_that_touch_its_own(planted):
     "All labels that overlap a fold are turned around; what is said of the fold stays the same."
     bars, *_ = planted
-    table = batch.label_table(bars["SIM004"], Interval.DAY, SPEC).dropna()
+    table = learning_table(bars["SIM004"], Context(), RECIPE).dropna()
     rows = Window("SIM004", date(2022, 6, 30), date(2022, 12, 26)).slice(table)
-    ends = last_prices(bars["SIM004"].index, SPEC.horizon_days).reindex(rows.index)
-    soft, turned = out_of_fold(rows, TREES), {"LONG": "SHORT", "SHORT": "NOOP", "NOOP": "LONG"}
+    ends = last_prices(bars["SIM004"].index, RECIPE.label.horizon_days).reindex(rows.index)
+    soft = out_of_fold(rows, TECHNICAL, TREES)
+    turned = {"LONG": "SHORT", "SHORT": "NOOP", "NOOP": "LONG"}
     for number, part in soft.groupby("fold"):
         touch = (ends >= part.index[0]) & (rows.index <= ends[part.index].max())
         assert touch.sum() > len(part)
         other = rows.assign(label=rows["label"].where(~touch, rows["label"].map(turned)))
-        again = out_of_fold(other, TREES)
+        again = out_of_fold(other, TECHNICAL, TREES)
         pd.testing.assert_frame_equal(again[again["fold"] == number], part)
         assert not again[again["fold"] != number].equals(soft[soft["fold"] != number])
         assert (part["teacher_saw_until"].dt.date == ends[~touch].max().date()).all()
 
 
-def test_labels_that_reach_across_a_window_are_a_skip_and_no_failure(planted, tmp_path):
+def test_what_is_said_of_a_fold_of_all_symbols_knows_no_label_that_touches_it(planted, tmp_path):
+    "As above, for rows of six symbols: other labels and targets of every symbol at once."
+    bars, run, *_ = planted
+    window = Window(POOLED, date(2022, 6, 30), date(2022, 12, 26))
+    rows, names = panel_rows(run, window, RECIPE).rows, TECHNICAL
+    spec = replace(TREES, objective="regression", n_estimators=5)
+    ends = last_prices(bars["SIM004"].index, 5).reindex(rows.index)
+    soft = out_of_fold(rows, names, spec)
+    assert set(rows["symbol"]) == set(bars) and table_names(rows) == TECHNICAL
+    for number, part in soft.groupby("fold"):
+        touch = np.asarray((ends >= part.index[0]) & (rows.index <= ends[part.index].max()))
+        other = rows.assign(target=rows["target"].where(~touch, -2 * rows["target"]))
+        again = out_of_fold(other, names, spec)
+        pd.testing.assert_frame_equal(again[again["fold"] == number], part)
+        assert not again[again["fold"] != number].equals(soft[soft["fold"] != number])
+        assert (part["teacher_saw_until"].dt.date == ends[~touch].max().date()).all()
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_labels_that_reach_across_a_window_are_a_skip_and_no_failure(planted, tmp_path, scope):
     bars, *_ = planted
-    _, students = taught(tmp_path, {"SIM001": bars["SIM001"]}, WindowSpec(180, 180, 60, 60))
+    held = bars if scope == "pooled" else {"SIM001": bars["SIM001"]}
+    _, students = taught(tmp_path, held, replace(cut_by(180, 180, 60), scope=scope))
     classes = {r.skip_class for r in students}
     assert classes == {"insufficient_history", "insufficient_future"}
 
@@ -371,7 +511,7 @@ def test_labels_that_reach_across_a_window_are_a_skip_and_no_failure(planted, tm
 # --- who is scored on what ------------------------------------------------------------------------
 
 
-def require_later(run, students, predictions, spec, interval=Interval.DAY):
+def require_later(run, students, predictions, recipe, interval=Interval.DAY):
     "Every scored bar starts after every price that its student and its teacher's labels used."
     assert not predictions.duplicated(["symbol", "ts"]).any()
     for _, part in predictions.groupby("symbol"):
@@ -379,8 +519,12 @@ def require_later(run, students, predictions, spec, interval=Interval.DAY):
     for record in (r for r in students if r.status == "success"):
         said = predictions[predictions["window_label"] == record.window_label]
         rows = run.artifacts.read_parquet(f"teacher/{record.window_label}/labels.parquet")
-        prices = last_prices(pinned_bars(run, record.symbol).index, spec.horizon_days)
-        learned = prices.reindex(rows.index).max()
+        own = rows["symbol"] if "symbol" in rows else pd.Series(record.symbol, index=rows.index)
+        horizon = recipe.label.horizon_days
+        learned = max(
+            last_prices(pinned_bars(run, s).index, horizon).reindex(own.index[own == s]).max()
+            for s in own.unique()
+        )
         assert pd.Timestamp(record.saw_until) > learned
         assert pd.Timestamp(record.saw_until) >= rows["teacher_saw_until"].max()
         if len(said):
@@ -392,22 +536,36 @@ def require_later(run, students, predictions, spec, interval=Interval.DAY):
 
 @pytest.mark.parametrize(("days", "step"), [(180, 180), (150, 65), (120, 170)])
 def test_a_scored_bar_is_later_than_all_that_its_models_learned_from(planted, tmp_path, days, step):
-    bars, spec = planted[0]["SIM001"], WindowSpec(days, step)
-    run, students, predictions = made(tmp_path, {"SIM001": bars}, spec)
-    require_later(run, students, predictions, spec)
+    bars, recipe = planted[0]["SIM001"], cut_by(days, step)
+    run, students, predictions = made(tmp_path, {"SIM001": bars}, recipe)
+    require_later(run, students, predictions, recipe)
     trained = [r for r in students if r.status == "success"]
     assert len(trained) == len(students) - sum(r.status == "skipped" for r in students) > 2
-    end = bars.index[-1 - spec.horizon_days]  # the last bar with a label
+    end = bars.index[-1 - recipe.label.horizon_days]  # the last bar with a label
     assert pd.Timestamp(trained[-1].saw_until) < end == predictions["ts"].iloc[-1]
     assert predictions["window_label"].iloc[-1] == trained[-1].window_label
 
 
+def test_a_scored_bar_of_all_is_later_than_all_that_their_model_learned_from(planted, tmp_path):
+    "One symbol has no bars for ten sessions at the end of a window, so its labels reach further."
+    end = pd.Timestamp("2022-12-26", tz="Asia/Kolkata")
+    late = planted[0]["SIM006"]
+    hole = late.loc[end : end + pd.Timedelta(days=16)].index
+    recipe, bars = (
+        replace(cut_by(150, 130), scope="pooled"),
+        planted[0] | {"SIM006": late.drop(hole)},
+    )
+    run, students, predictions = made(tmp_path, bars, recipe)
+    require_later(run, students, predictions, recipe)
+    assert sum(r.status == "success" for r in students) > 3
+
+
 def test_a_scored_evening_is_later_than_what_its_models_learned_from(half_hours, tmp_path):
     "The labels of the first window end with the Diwali session, whose own bars are not scored."
-    spec = WindowSpec(30, 30)
+    recipe = cut_by(30, 30)
     spans = dict(start=date(2022, 9, 18), end=date(2022, 12, 15), interval=Interval.MINUTE_30)
-    run, students, predictions = made(tmp_path, half_hours, spec, **spans)
-    require_later(run, students, predictions, spec, Interval.MINUTE_30)
+    run, students, predictions = made(tmp_path, half_hours, recipe, **spans)
+    require_later(run, students, predictions, recipe, Interval.MINUTE_30)
     first = [r for r in students if r.end_date == "2022-10-17"]
     assert [r.saw_until for r in first] == ["2022-10-24T19:15:00+05:30"] * 2
     assert predictions["ts"].min() > pd.Timestamp("2022-10-24 23:00", tz="Asia/Kolkata")
@@ -415,28 +573,28 @@ def test_a_scored_evening_is_later_than_what_its_models_learned_from(half_hours,
 
 def test_broken_and_empty_windows_keep_the_order(planted, tmp_path, monkeypatch):
     "The second window breaks, the fourth has no bars: their students' turns are nobody's."
-    bars, spec = planted[0]["SIM001"], WindowSpec(120, 120)
+    bars, recipe = planted[0]["SIM001"], cut_by(120, 120)
     spans = [
         (START + timedelta(days=120 * k), START + timedelta(days=120 * k + 119)) for k in (1, 3)
     ]
     hole = Window("SIM001", *spans[1]).slice(bars).index
     teach = batch.teach
 
-    def fragile(rows, trees):
+    def fragile(rows, *how):
         "A teacher that breaks on one window."
         if rows.index[0].date() <= spans[0][1] and rows.index[-1].date() >= spans[0][0]:
-            raise MemoryError("no room")
-        return teach(rows, trees)
+            raise ArithmeticError("not today")
+        return teach(rows, *how)
 
     monkeypatch.setattr(batch, "teach", fragile)
-    run, students, predictions = made(tmp_path, {"SIM001": bars.drop(hole)}, spec)
+    run, students, predictions = made(tmp_path, {"SIM001": bars.drop(hole)}, recipe)
     teachers = read_window_runs(run, "teacher")
     assert [r.status for r in teachers][:4] == ["success", "failed", "success", "skipped"]
     assert [r.skip_class for r in students][1:4:2] == ["no_teacher", "no_data"]
-    require_later(run, students, predictions, spec)
+    require_later(run, students, predictions, recipe)
     by = predictions.groupby("window_label")["ts"].agg(["min", "max"])
     assert by["max"].iloc[0] < first_after(spans[0][1]) < by["min"].iloc[1]
-    assert predictions["ts"].max() == bars.index[-1 - spec.horizon_days]
+    assert predictions["ts"].max() == bars.index[-1 - recipe.label.horizon_days]
 
 
 def random_records(rng):
@@ -464,7 +622,7 @@ def test_turns_are_what_they_are_said_to_be():
         days = pd.date_range("2022-01-01", "2026-12-31", tz="Asia/Kolkata", freq="5D")
         spoken = {
             day: [t.record.window_label for t in turns(records)
-                  if day > t.after and (t.before is None or day < t.before)]
+                  if day > t.span.after and (t.span.before is None or day < t.span.before)]
             for day in days
         }  # fmt: skip
         for day, speakers in spoken.items():

@@ -14,6 +14,13 @@ import papermill
 import pytest
 
 from sensequant.core.settings import PREFIX, Settings, load_settings
+from sensequant.ops.orchestrator import (
+    CHECKLIST_KEYS,
+    FLAGS,
+    GROUPED,
+    STUDENT_KEYS,
+    TEACHER_KEYS,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 UNMEASURED = {k: v for k, v in os.environ.items() if not k.startswith("COV")}  # copies are not ours
@@ -159,16 +166,29 @@ def test_a_phase_is_a_question_with_parameters_and_no_code_of_its_own(path):
     assert not re.search(r"^\s*(def|class) ", "\n".join(code_cells(path)), re.M)
 
 
+GROUPS = {name: ("", keys) for name, keys in GROUPED.items()} | {
+    "teacher": ("teacher_", TEACHER_KEYS),
+    "student": ("student_", STUDENT_KEYS),
+    "checklist": ("student_", CHECKLIST_KEYS),
+}
+
+
 def test_phases_show_production_values():
     "A phase opened by hand uses the values a run would use."
     held = {name: field.default for name, field in Settings.model_fields.items()}
     for path in PHASES:
         source = next(c for c in code_cells(path) if c.startswith("run_id"))
         values = {n.targets[0].id: ast.literal_eval(n.value) for n in ast.parse(source).body}
-        teacher = {f"teacher_{k}": v for k, v in values.pop("teacher", {}).items()}
-        for name, value in (values | teacher).items():
+        for group in GROUPS.keys() & values.keys():
+            given, (prefix, names) = values.pop(group), GROUPS[group]
+            assert tuple(given) == names, f"{path.name}: {group}"
+            values |= {f"{prefix}{k}": v for k, v in given.items()}
+            assert {f"{prefix}{k}" for k in names} <= {*held, *FLAGS}, f"{path.name}: {group}"
+        for name, value in values.items():
             if name in held:
                 assert str(held[name]) == str(value), f"{path.name}: {name}"
+            if name in FLAGS:
+                assert value is False, f"{path.name}: {name}"
 
 
 def settings_of(path: Path) -> dict:

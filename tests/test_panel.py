@@ -7,7 +7,7 @@ from scipy.stats import rankdata
 
 from sensequant.core.testing import random_bars
 from sensequant.core.types import LABEL_COLUMNS
-from sensequant.features.features import FEATURES, features
+from sensequant.features.features import TECHNICAL, technical
 from sensequant.features.labels import forward_labels, sample_weights, volatility
 from sensequant.features.panel import (
     known_together,
@@ -18,7 +18,7 @@ from sensequant.features.panel import (
 )
 from sensequant.features.windows import purged_folds, usable_rows
 
-NAMES = (*FEATURES, "spread", "market_return")
+NAMES = (*TECHNICAL, "spread", "market_return")
 
 
 def tables(n=9, days=120):
@@ -28,7 +28,7 @@ def tables(n=9, days=120):
         bars = random_bars(days, seed=k).iloc[5 * k :]
         bars = bars.drop(bars.index[np.random.default_rng(k).choice(len(bars), 3, replace=False)])
         spread = volatility(bars["close"]) * np.sqrt(5)
-        table = features(bars).assign(spread=spread, market_return=np.arange(len(bars)) * 1e-3)
+        table = technical(bars).assign(spread=spread, market_return=np.arange(len(bars)) * 1e-3)
         out[f"S{k}"] = table.join(forward_labels(bars))
     return out
 
@@ -135,7 +135,7 @@ def test_folds_of_relative_targets_need_the_moment_all_is_known(panel):
 
 
 def test_weights_of_a_panel_are_those_of_its_symbols(panel):
-    rows = usable_rows(panel, FEATURES)
+    rows = usable_rows(panel, TECHNICAL)
     weights = pd.Series(sample_weights(rows), index=rows.index)
     assert weights.mean() == pytest.approx(1)
     for symbol, part in rows.groupby("symbol", observed=True):

@@ -30,17 +30,14 @@ from sensequant.core.events import EVENT_TYPES, EventReader, read_events
 from sensequant.core.settings import load_settings
 from sensequant.core.types import IST
 from sensequant.data.runs import Inputs, Run, pin_bars, pin_inputs, pinned_bars, read_inputs
-from sensequant.learn.batch import (
-    WindowRecord,
-    WindowSpec,
+from sensequant.learn.batch import BatchRules, train_students, train_teachers
+from sensequant.learn.records import (
     count_outcomes,
     read_window_runs,
+    record_from,
     require_few_failures,
-    train_students,
-    train_teachers,
 )
-from sensequant.learn.student import StudentSpec
-from sensequant.learn.teacher import TeacherSpec
+from sensequant.learn.tables import POOLED, read_recipe
 from sensequant.market.calendar import sessions
 from sensequant.ops.cli import app
 from sensequant.ops.orchestrator import (
@@ -50,6 +47,7 @@ from sensequant.ops.orchestrator import (
     done_phases,
     open_feed,
     plan_run,
+    recipe_of,
     run_config,
     state_of,
 )
@@ -68,8 +66,8 @@ def given(**more):
 
 
 # What must not differ between two runs of the same inputs, settings and seed.
-COMPARED = ("bars/", "inputs.", "coverage.", "teacher/", "student/", "predictions.", "audit/")
-COMPARED += ("validation_summary.", "daily_returns.", "stat_tests.")
+COMPARED = ("bars/", "inputs.", "coverage.", "teacher/", "student/", "predictions", "audit/")
+COMPARED += ("recipe.", "ablation.", "validation_summary.", "daily_returns.", "stat_tests.")
 
 
 def evidence(run):
@@ -165,6 +163,8 @@ def test_a_finished_run_has_its_files(finished_run):
         "sources.json",
         "teacher_runs.json",
         "student_runs.json",
+        "recipe.json",
+        "ablation.json",
         "audit",
     }
     named |= {"predictions.parquet", "validation_summary.json", "validation_summary.md", "bars"}
@@ -177,11 +177,17 @@ def test_a_finished_run_has_its_files(finished_run):
         if path.name not in ("teacher_runs.json", "student_runs.json"):  # JSON Lines
             json.loads(path.read_text(), parse_constant=pytest.fail)
     trained = [w for w in read_window_runs(finished_run, "teacher") if w.status == "success"]
-    files = {"model.txt.zst", "labels.parquet", "feature_importance.csv", "metadata.json"}
+    students = {w.window_label: w for w in read_window_runs(finished_run, "student")}
+    files = {"model.txt.zst", "labels.parquet", "feature_importance.json", "metadata.json"}
+    files |= {"evaluation.json", "dataset.json"}
     for w in trained:
         assert {p.name for p in (folder / "teacher" / w.window_label).iterdir()} == files
         held = {p.name for p in (folder / "student" / w.window_label).iterdir()}
-        assert held == {"student.json", "metadata.json"}
+        sheets = {"promotion_checklist.md", "promotion_checklist.json"}
+        judged = sheets if students[w.window_label].metrics["n"] else set()
+        assert held == {"student.model", "evaluation.json", "metadata.json"} | judged
+    assert sum(bool(w.metrics.get("n")) for w in students.values()) > 5
+    assert read_recipe(finished_run) == recipe_of(finished_run.artifacts.read_json("config.json"))
     columns = {"symbol", "ts", "window_label", "p_long", "p_short", "score", "label_known_at"}
     predictions = finished_run.artifacts.read_parquet("predictions.parquet")
     assert columns | {"forward_return"} <= set(predictions.columns)
@@ -192,7 +198,10 @@ def test_the_windows_files_are_sorted_and_say_why(finished_run):
     for kind in ("teacher", "student"):
         told = lines(finished_run.folder / f"{kind}_runs.json")
         keys = [(r["symbol"], r["start_date"]) for r in told]
-        assert keys == sorted(keys) and len(set(keys)) == len(keys) == 15
+        assert keys == sorted(keys) and len(set(keys)) == len(keys) == 20
+        together = [r for r in told if r["symbol"] == POOLED]  # three symbols have no ranks
+        assert [r["scope"] for r in together] == ["pooled"] * 5
+        assert {r["skip_class"] for r in together} == {"no_data"}
         assert all(
             (r["status"] == "skipped") == bool(r["skip_class"] and r["message"]) for r in told
         )
@@ -231,6 +240,8 @@ def plain(path):
     "All that a file says, as text."
     if path.suffix == ".zst":
         return pa.input_stream(path, compression="zstd").read().decode()
+    if path.suffix == ".model":
+        return path.read_bytes().decode("latin-1")  # a zip of stored files
     if path.suffix == ".parquet":
         table = pq.read_table(path)
         return f"{pq.read_schema(path).metadata}{table.to_pandas().reset_index().to_csv()}"
@@ -279,8 +290,8 @@ def test_a_dry_run_touches_nothing_and_tells_the_truth(finished_run, copied_run,
     assert printed[0] == printed[1] and "15 windows" in printed[0][1]
     config = finished_run.artifacts.read_json("config.json")
     plan = plan_run(config, open_feed(config), absent)
-    told = lines(finished_run.folder / "teacher_runs.json")
-    expected = [(r["window_label"], r["skip_class"], r["message"]) for r in told]
+    told = read_window_runs(finished_run, "teacher", "symbol")
+    expected = [(r.window_label, r.skip_class, r.message) for r in told]
     assert [(p.window.label, p.skip_class, p.message) for p in plan.windows] == expected
     assert plan.rows == sum(len(pinned_bars(finished_run, s)) for s in SYMBOLS)
 
@@ -384,11 +395,14 @@ DAMAGED = {
     "actions.json": 0,
     "sources.json": 0,
     "1_ingest.ipynb": 0,
+    "recipe.json": 1,
     "teacher_runs.json": 1,
     "teacher/SIM002_2023-04-02_to_2023-06-30/model.txt.zst": 1,
     "student_runs.json": 2,
-    "student/SIM002_2023-04-02_to_2023-06-30/student.json": 2,
+    "student/SIM002_2023-04-02_to_2023-06-30/student.model": 2,
+    "student/SIM002_2023-04-02_to_2023-06-30/evaluation.json": 2,
     "predictions.parquet": 3,
+    "ablation.json": 3,
     "validation_summary.md": 3,
     "daily_returns.parquet": 4,
     "stat_tests.json": 4,
@@ -456,10 +470,8 @@ def trained(finished_run, home, workers, blocked):
         (run.folder / "teacher" / label / "model.txt.zst").mkdir(parents=True)
     with run.state as state:
         state.start_run(run.run_id, config, os.getpid(), simulated=True)
-    spec = WindowSpec(**{k: config[k] for k in vars(WindowSpec())})
-    trees = TeacherSpec(seed=1, **config["teacher"])
-    teachers = train_teachers(run, spec, trees, workers)
-    return teachers, train_students(run, (spec, trees, StudentSpec()))
+    teachers = train_teachers(run, recipe_of(config), BatchRules(workers))
+    return teachers, train_students(run, batch=BatchRules(workers))
 
 
 def outcome(record):
@@ -476,8 +488,8 @@ def test_failures_are_counted_and_skips_are_not(finished_run, tmp_path):
         assert [outcome(r) for r in serial] == [outcome(r) for r in parallel]
     teachers, students = one
     assert [r.window_label for r in teachers if r.status == "failed"] == blocked
-    assert count_outcomes(teachers) == {"success": 7, "skipped": 6, "failed": 2, "total": 15}
-    assert count_outcomes(students) == {"success": 7, "skipped": 8, "failed": 0, "total": 15}
+    assert count_outcomes(teachers) == {"success": 7, "skipped": 11, "failed": 2, "total": 20}
+    assert count_outcomes(students) == {"success": 7, "skipped": 13, "failed": 0, "total": 20}
     assert [s.skip_class for s in students if s.window_label in blocked] == ["no_teacher"] * 2
     assert all("IsADirectory" in r.error for r in teachers if r.status == "failed")
     assert require_few_failures(teachers, 0.23) == 2 / 9  # of those attempted, skips left out
@@ -781,7 +793,7 @@ def test_a_run_fails_is_mended_and_is_rejected(finished_run, folder):
     assert "Rejected" in walk.log.read_text()
     require_whole(run)
     counts = count_outcomes(lines_of_windows(run))
-    assert counts == {"success": 8, "skipped": 6, "failed": 1, "total": 15}
+    assert counts == {"success": 8, "skipped": 11, "failed": 1, "total": 20}
     with run.state as state:
         candidate = state.candidate(run.run_id)
     assert candidate.status == "rejected" and candidate.reasons
@@ -790,9 +802,7 @@ def test_a_run_fails_is_mended_and_is_rejected(finished_run, folder):
 
 def lines_of_windows(run):
     "Outcomes of the teachers of a run that other processes have changed meanwhile."
-    told = lines(run.folder / "teacher_runs.json")
-    names = WindowRecord.__dataclass_fields__
-    return [WindowRecord(**{k: r[k] for k in names}) for r in told]
+    return [record_from(line) for line in lines(run.folder / "teacher_runs.json")]
 
 
 @walk_beside

@@ -57,7 +57,7 @@ def test_a_run_from_breeze_ends_with_the_models_of_the_simulator(broker, finishe
     assert ended.status == "success", ended.message
     same = ("bars/", "teacher/", "student/", "predictions.")
     mine, theirs = hashes(run, *same), hashes(finished_run, *same)
-    assert mine == theirs and sum(p.endswith("student.json") for p in mine) > 3
+    assert mine == theirs and sum(p.endswith("student.model") for p in mine) > 3
     assert run.state.run(run.run_id).simulated
     (source,) = BarStore(tmp_path / "data" / "bars").sources()
     assert source.startswith("breeze-sandbox")

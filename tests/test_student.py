@@ -25,7 +25,7 @@ from threadpoolctl import threadpool_limits
 from sensequant.core.errors import DataError
 from sensequant.core.testing import random_bars, sessions
 from sensequant.core.types import IST, Interval
-from sensequant.features.features import FEATURES, features
+from sensequant.features.features import TECHNICAL, technical
 from sensequant.features.labels import forward_labels
 from sensequant.learn.models import (
     STUDENT_FILE,
@@ -61,8 +61,8 @@ def one_thread():
 
 def taught(n=123, seed=1):
     "Rows of one window and opinions about them, without a teacher's time."
-    bars = random_bars(n + 60, seed)
-    rows = features(bars).join(forward_labels(bars)).dropna().iloc[:n]
+    bars = random_bars(n + 80, seed)
+    rows = technical(bars).join(forward_labels(bars)).dropna().iloc[:n]
     odds = np.random.default_rng(seed).dirichlet([2, 2, 2], len(rows))
     return rows, pd.DataFrame(odds, index=rows.index, columns=list(PROBABILITIES))
 
@@ -81,7 +81,7 @@ def saved(student) -> bytes:
 
 def on_record(data, **changes) -> Expected:
     "What a reader expects when these very bytes are on record."
-    known = Expected(hashlib.sha256(data).hexdigest(), FEATURES, Interval.DAY)
+    known = Expected(hashlib.sha256(data).hexdigest(), TECHNICAL, Interval.DAY)
     return replace(known, **changes)
 
 
@@ -198,7 +198,7 @@ class Stranger(LogisticRegression):
 def test_a_strange_type_is_named_and_never_runs(tmp_path):
     data, mark = saved(fit_student(ROWS, SOFT)), tmp_path / "ran"
     evil = FunctionTransformer(os.system, kw_args={"command": f"touch {mark}"})
-    model = Stranger().fit(ROWS[list(FEATURES)], ROWS["label"])
+    model = Stranger().fit(ROWS[list(TECHNICAL)], ROWS["label"])
     for one, name in ((evil, "FunctionTransformer"), (model, "Stranger")):
         bad = forged(data, model_skops=skops.io.dumps(Pipeline([("step", one)])))
         with pytest.raises(DataError, match=f"not on the list: .*{name}"):
@@ -225,10 +225,10 @@ def test_numbers_that_do_not_fit_the_header_are_refused(student):
 
     bad = forged(data, fewer)
     with pytest.raises(DataError, match="sensequant student 1"):
-        load_student(bad, on_record(bad, features=FEATURES[:-1]))
+        load_student(bad, on_record(bad, features=TECHNICAL[:-1]))
     for change in (
         lambda h: h["territory"].update(mean_distance=-1.0),
-        lambda h: h["territory"].update(scale=[0.0] * len(FEATURES)),
+        lambda h: h["territory"].update(scale=[0.0] * len(TECHNICAL)),
         lambda h: h["spec"].update(kind="sgd" if student.spec.kind != "sgd" else "logistic"),
         lambda h: h["spec"].update(depth=3),
         lambda h: h.update(trained_until="soon"),
@@ -246,9 +246,9 @@ def test_columns_bars_and_libraries_must_match(student):
     data = saved(student)
     for changes, words in (
         ({"interval": Interval.MINUTE_5}, r"interval of a model must be 5minute; found 1day"),
-        ({"features": FEATURES[1:]}, r"will not be given .*found \['sma_20_gap_atr'\]"),
-        ({"features": (*FEATURES, "vix")}, r"does not know .*found \['vix'\]"),
-        ({"features": FEATURES[::-1]}, "order of columns"),
+        ({"features": TECHNICAL[1:]}, r"will not be given .*found \['sma_20_gap_atr'\]"),
+        ({"features": (*TECHNICAL, "vix")}, r"does not know .*found \['vix'\]"),
+        ({"features": TECHNICAL[::-1]}, "order of columns"),
     ):
         with pytest.raises(DataError, match=words):
             load_student(data, on_record(data, **changes))
@@ -276,10 +276,11 @@ def test_an_expired_student_refuses_when_read_and_when_asked():
 
 
 def test_a_teacher_follows_the_same_rules():
-    teacher = fit_teacher(ROWS, TeacherSpec(n_estimators=3))
-    data, header = pack_teacher(teacher), model_header("teacher", FEATURES, Interval.DAY)
+    teacher = fit_teacher(ROWS.iloc[:60], TECHNICAL, TeacherSpec(n_estimators=3))
+    later = ROWS[ROWS.index > teacher.saw_until]
+    data, header = pack_teacher(teacher), model_header("teacher", TECHNICAL, Interval.DAY)
     copy = load_teacher(data, header, on_record(data))
-    pd.testing.assert_frame_equal(copy.score(ROWS), teacher.score(ROWS), check_exact=True)
+    pd.testing.assert_frame_equal(copy.score(later), teacher.score(later), check_exact=True)
     with pytest.raises(DataError, match="SHA-256"):
         load_teacher(data[:-1], header, on_record(data))
     with pytest.raises(DataError, match="packed with zstd"):
@@ -292,17 +293,17 @@ def test_a_teacher_follows_the_same_rules():
 
 
 def test_an_answer_does_not_depend_on_the_other_rows(student):
-    table = features(random_bars(300, 3))
+    table = technical(random_bars(300, 3))
     whole = student.score(table)
     pd.testing.assert_frame_equal(student.score(table.iloc[:150]), whole.iloc[:150])
     one = table.iloc[[150]]
     pd.testing.assert_frame_equal(student.score(one), whole.iloc[[150]], rtol=1e-12)
-    turned = student.score(table[list(FEATURES[::-1])].assign(note="x"))
+    turned = student.score(table[list(TECHNICAL[::-1])].assign(note="x"))
     pd.testing.assert_frame_equal(turned, whole)
 
 
 def test_holes_are_filled_from_the_training_rows_only():
-    names, rows = (*FEATURES, "macro_rate"), ROWS.assign(macro_rate=np.arange(len(ROWS)) * 1.0)
+    names, rows = (*TECHNICAL, "macro_rate"), ROWS.assign(macro_rate=np.arange(len(ROWS)) * 1.0)
     student = fit_student(rows, SOFT, StudentSpec(), names)
     assert student.model[0].statistics_[-1] == np.median(rows["macro_rate"])
     asked = rows.assign(macro_rate=np.nan)
@@ -313,7 +314,7 @@ def test_holes_are_filled_from_the_training_rows_only():
 
 
 def test_a_column_that_is_never_known_says_nothing(student):
-    names = (*FEATURES, "book_depth")
+    names = (*TECHNICAL, "book_depth")
     rows = ROWS.assign(book_depth=np.nan)
     wide = fit_student(rows, SOFT, StudentSpec(student.spec.kind), names)
     left, right = (s.score(r)["score"] for s, r in ((wide, rows), (student, ROWS)))
@@ -344,7 +345,7 @@ def test_the_search_is_settled_by_the_rows_given():
 def test_few_bars_of_an_ordinary_market_are_silenced():
     market, far = simulate(MarketSpec(symbols=6, start=date(2022, 1, 1))), []
     for symbol in market.symbols:
-        table = features(market.bars(symbol)).dropna()
+        table = technical(market.bars(symbol)).dropna()
         for k in range(0, len(table) - 240, 120):
             ground = make_territory(table.iloc[k : k + 120].to_numpy())
             far.append(dissimilarity(ground, table.iloc[k + 120 : k + 240].to_numpy()))
@@ -355,7 +356,7 @@ def test_few_bars_of_an_ordinary_market_are_silenced():
 def test_prices_that_missed_a_split_are_silenced():
     bars = random_bars(320)
     bars.iloc[220:, :4] /= 5
-    table = features(bars).join(forward_labels(bars)).dropna()
+    table = technical(bars).join(forward_labels(bars)).dropna()
     past = table.loc[: bars.index[200]]
     student = fit_student(past, taught(len(past))[1].set_axis(past.index))
     said = student.score(table.loc[bars.index[220] : bars.index[224]])
@@ -364,7 +365,7 @@ def test_prices_that_missed_a_split_are_silenced():
 
 def test_one_bar_takes_less_than_a_millisecond(student):
     "Of the processor: a busy machine may add waiting to it."
-    one, costs = ROWS[list(FEATURES)].iloc[[5]], []
+    one, costs = ROWS[list(TECHNICAL)].iloc[[5]], []
     for _ in range(500):
         began = time.process_time()
         student.score(one)
@@ -377,7 +378,7 @@ def test_one_bar_takes_less_than_a_millisecond(student):
 
 def test_a_student_taught_with_rewards_knows_nothing_after_its_cut():
     bars = random_bars(260)
-    table = features(bars).join(forward_labels(bars)).dropna()
+    table = technical(bars).join(forward_labels(bars)).dropna()
     past = table.iloc[:120]
     cut = past["label_known_at"].max()
     said = pd.DataFrame(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sensequant.core.errors import DataError
 from sensequant.core.testing import random_bars, sessions
 from sensequant.core.types import IST, Interval
-from sensequant.features.features import FEATURES, features
+from sensequant.features.features import TECHNICAL, technical
 from sensequant.features.labels import LabelSpec, forward_labels, make_labels
 from sensequant.features.windows import (
     SKIP_CLASSES,
@@ -235,15 +235,15 @@ def table():
     bars = random_bars(500, 3).set_axis(
         pd.bdate_range("2022-01-03", periods=500, tz=IST, name="ts")
     )
-    return features(bars).join(make_labels(bars, LabelSpec("triple_barrier")))
+    return technical(bars).join(make_labels(bars, LabelSpec("triple_barrier")))
 
 
 def test_a_plan_counts_the_rows_that_a_trainer_gets(table):
     rng = np.random.default_rng(1)
-    for column in FEATURES[:3]:
+    for column in TECHNICAL[:3]:
         table = table.assign(**{column: table[column].where(rng.random(len(table)) > 0.05)})
     table = table.assign(sentiment_mean=np.nan)
-    for required in (FEATURES, FEATURES[:2], (), None):
+    for required in (TECHNICAL, TECHNICAL[:2], (), None):
         rules = WindowRules(required=required, embargo_sessions=1)
         windows = cut_windows("AAA", date(2022, 1, 1), date(2023, 12, 1), 180, 90)
         for plan in plan_windows(windows, table, rules):

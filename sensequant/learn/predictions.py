@@ -76,9 +76,9 @@ def predict_pooled(
     "Everything the pooled students said of bars they could not know."
     parts = []
     for turn in turns(records):
-        rows = panel_rows(run, turn.span, recipe).rows
+        rows = panel_rows(run, turn.span, recipe, labelled=False).rows
         if len(rows):
-            parts.append(_ranked(_say(run, turn, rows)))
+            parts.append(_ranked(_say(run, turn, rows)).dropna(subset=["label"]))
     return _joined(parts).sort_values(["symbol", "ts"], ignore_index=True)
 
 # %% ../../nbs/5_learn/58_predictions.ipynb #ad11333a

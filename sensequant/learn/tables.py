@@ -42,6 +42,7 @@ from sensequant.features.windows import (
     WindowRules,
     cut_windows,
     plan_windows,
+    purged_folds,
     usable_rows,
 )
 from .teacher import TeacherSpec
@@ -225,15 +226,18 @@ def panel_of(
     tables: Iterable[tuple[str, pd.DataFrame]],  # symbol and its table, `with_sigma`
     span: Any,  # Window or Span: whatever cuts a frame with `slice`
     recipe: Recipe,
+    labelled: bool = True,  # False: rows without a label too, and without `weight`
 ) -> Panel:
     "The usable rows of all symbols in a span, made comparable across symbols."
     required, parts, ends = (*required_columns(recipe.groups), "sigma"), {}, []
     for symbol, table in tables:
         parts[symbol] = usable_rows(span.slice(table), required)
         ends.append(table.index[-1])
-    rows = comparable(stack(parts)).dropna(subset=["target"])
+    rows = comparable(stack(parts))  # ranked among all that had a bar, not all that got a label
+    rows = rows.dropna(subset=["target"]) if labelled else rows
     rows["label_known_at"] = known_together(rows)  # a target knows what the others did
-    rows["weight"] = sample_weights(rows, recipe.window.sample_weights)
+    if labelled:
+        rows["weight"] = sample_weights(rows, recipe.window.sample_weights)
     return Panel(rows, max(ends))
 
 
@@ -272,9 +276,13 @@ def _pooled_skip(window: Window, panel: Panel, recipe: Recipe) -> tuple[str | No
     needed = next_session(last.date(), recipe.label.horizon_days)
     if panel.newest.normalize() < needed:
         return "insufficient_future", f"labels need bars through {needed.date()}"
-    dates = rows.index.normalize().nunique()
-    if len(rows) < need or dates < 2 * recipe.teacher.folds:
+    dates, n_folds = rows.index.normalize().nunique(), recipe.teacher.folds
+    if len(rows) < need or dates < 2 * n_folds:
         return "insufficient_history", f"{len(rows)} usable rows on {dates} sessions"
+    spans = (rows.index, rows["label_known_at"], n_folds, recipe.window.embargo_sessions)
+    if not all(len(train) for train, _ in purged_folds(*spans)):
+        why = f"labels of {recipe.label.horizon_days} sessions leave a fold nothing to learn from"
+        return "insufficient_history", f"{len(rows)} usable rows, and {why}"
     if rows["label"].nunique() < 2:
         return "single_class", f"every label is {rows['label'].iloc[0]}"
     return None, ""
