@@ -231,7 +231,7 @@ def panel_of(
     "The usable rows of all symbols in a span, made comparable across symbols."
     required, parts, ends = (*required_columns(recipe.groups), "sigma"), {}, []
     for symbol, table in tables:
-        parts[symbol] = usable_rows(span.slice(table), required)
+        parts[symbol] = span.slice(table).dropna(subset=list(required))
         ends.append(table.index[-1])
     rows = comparable(stack(parts))  # ranked among all that had a bar, not all that got a label
     rows = rows.dropna(subset=["target"]) if labelled else rows
@@ -245,6 +245,7 @@ def panel_rows(
     run: Run,
     span: Any,  # Window or Span
     recipe: Recipe,
+    labelled: bool = True,  # as for `panel_of`
 ) -> Panel:
     "The panel of a run; one symbol's table is held at a time."
     inputs, spec = read_inputs(run), recipe.label
@@ -252,7 +253,7 @@ def panel_rows(
         (s, with_sigma(symbol_table(run, s, recipe), pinned_bars(run, s), inputs.interval, spec))
         for s in inputs.symbols
     )
-    return panel_of(tables, span, recipe)
+    return panel_of(tables, span, recipe, labelled)
 
 # %% ../../nbs/5_learn/55_tables.ipynb #b4545165
 def rows_sha256(
