@@ -222,9 +222,9 @@ def _append(store: BookStore, books: Sequence[Book]) -> list[str]:
 # %% ../../nbs/2_data/26_books.ipynb #fea414c3
 def _closes(index: pd.DatetimeIndex, interval: Interval) -> pd.DatetimeIndex:
     "When each bar is complete: at its end, or with its session."
-    days = index.normalize()
-    ends = {day: session_hours(day)[1] for day in days.unique()}
-    over = pd.DatetimeIndex([ends[day] for day in days], dtype=index.dtype)
+    place, days = pd.factorize(index.normalize())
+    ends = [session_hours(day)[1] for day in days]
+    over = pd.DatetimeIndex(ends, dtype=index.dtype).take(place)
     closes = over if interval == Interval.DAY else index + pd.Timedelta(minutes=interval.minutes)
     return closes.where(closes < over, over)
 
