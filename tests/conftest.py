@@ -4,7 +4,13 @@ and one small finished run is shared by every test that only looks at it."""
 import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 
 from sensequant.core.settings import load_settings
@@ -16,10 +22,12 @@ from sensequant.ops.orchestrator import begin_run, go_on, run_config
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+ROOT = Path(__file__).parents[1]
+
 # Three shares, one listed late, five windows each, a few trees: about half a minute, nearly all of
 # it the start of seven kernels. The planted signal is strong enough to pass the preliminary gate.
 MARKET = {"sim_symbols": 10, "signal_ic": 0.4, "start": "2023-01-02", "end": "2024-02-29"}
-WINDOWS = {"window_days": 90, "window_step_days": 90, "min_window_bars": 40}
+WINDOWS = {"window_days": 90, "window_step_days": 90, "min_window_bars": 30}
 MODELS = {"teacher_n_estimators": 20, "teacher_learning_rate": 0.1}
 SMALL = MARKET | WINDOWS | MODELS | {"bootstrap_samples": 200, "min_oos_sessions": 60}
 SYMBOLS = ["SIM001", "SIM002", "SIM010"]
@@ -61,3 +69,69 @@ def copied_run(finished_run, tmp_path):
     "The same run in a home of its own, to be damaged and mended."
     shutil.copytree(finished_run.home, tmp_path / "copy")
     return Run(finished_run.run_id, tmp_path / "copy")
+
+
+# A Dask cluster: a scheduler and two workers, all processes of their own, on the loopback only.
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def bounded():
+    "No test waits for a cluster longer than two minutes."
+
+    def late(*_):
+        raise TimeoutError("the cluster took more than 120 s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def alive(pids):
+    "Processes of `pids` that still run."
+    return [p for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != "zombie"]
+
+
+def gone_within(pids, seconds):
+    "Wait until none of `pids` runs; whether that came true."
+    end = time.monotonic() + seconds
+    while alive(pids) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not alive(pids)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    "The address of a scheduler with two workers, each one thread; all are gone afterwards."
+    pytest.importorskip("distributed")
+    folder, port = tmp_path_factory.mktemp("dask"), free_port()
+    address = f"tcp://127.0.0.1:{port}"
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "1",
+        "DASK_TEMPORARY_DIRECTORY": str(folder),
+        "TMPDIR": str(folder),
+    }
+    here = ["--host", "127.0.0.1", "--no-dashboard"]
+    commands = [["scheduler", *here, "--port", str(port)]]
+    commands += [["worker", address, *here, "--nthreads", "1"]] * 2
+    started = []
+    with open(folder / "log", "wb") as log:
+        for name, *options in commands:
+            command = [sys.executable, "-m", f"distributed.cli.dask_{name}", *options]
+            streams = {"stdout": log, "stderr": log, "start_new_session": True}
+            started.append(subprocess.Popen(command, env=environment, cwd=folder, **streams))
+    yield address
+    family = [c.pid for p in started for c in psutil.Process(p.pid).children(recursive=True)]
+    for process in started:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert gone_within(family, 10)
+    assert not list(folder.glob("fan_out-*"))

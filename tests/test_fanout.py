@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from conftest import alive, gone_within
 from threadpoolctl import threadpool_info
 
 from sensequant.core.errors import DataError, SettingsError
@@ -101,19 +102,6 @@ def interrupt_itself(item):
 def told(outcomes):
     "What the outcomes say, without times and traces."
     return sorted((o.item, str(o.value), str(o.error)) for o in outcomes)
-
-
-def alive(pids):
-    "Processes of `pids` that still run."
-    return [p for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != "zombie"]
-
-
-def gone_within(pids, seconds):
-    "Wait until none of `pids` runs; whether that came true."
-    end = time.monotonic() + seconds
-    while alive(pids) and time.monotonic() < end:
-        time.sleep(0.05)
-    return not alive(pids)
 
 
 def test_outcomes_do_not_depend_on_the_number_of_workers():
@@ -543,57 +531,7 @@ def test_rules_that_cannot_be_kept_are_refused(monkeypatch):
         fan_out(touchy, [1], backend="dask", rules=Rules(scheduler="tcp://127.0.0.1:8786"))
 
 
-# On Dask: a scheduler and two workers, all processes of their own, on the loopback only.
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.fixture
-def bounded():
-    "No test waits for a cluster longer than two minutes."
-
-    def late(*_):
-        raise TimeoutError("the cluster took more than 120 s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(120)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    "The address of a scheduler with two workers, each one thread; all are gone afterwards."
-    pytest.importorskip("distributed")
-    folder, port = tmp_path_factory.mktemp("dask"), free_port()
-    address = f"tcp://127.0.0.1:{port}"
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "1",
-        "DASK_TEMPORARY_DIRECTORY": str(folder),
-        "TMPDIR": str(folder),
-    }
-    here = ["--host", "127.0.0.1", "--no-dashboard"]
-    commands = [["scheduler", *here, "--port", str(port)]]
-    commands += [["worker", address, *here, "--nthreads", "1"]] * 2
-    started = []
-    with open(folder / "log", "wb") as log:
-        for name, *options in commands:
-            command = [sys.executable, "-m", f"distributed.cli.dask_{name}", *options]
-            streams = {"stdout": log, "stderr": log, "start_new_session": True}
-            started.append(subprocess.Popen(command, env=environment, cwd=folder, **streams))
-    yield address
-    family = [c.pid for p in started for c in psutil.Process(p.pid).children(recursive=True)]
-    for process in started:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert gone_within(family, 10)
-    assert not list(folder.glob("fan_out-*"))
+# On Dask
 
 
 def hosted(item):
