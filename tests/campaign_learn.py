@@ -3,19 +3,21 @@
     python tests/campaign_learn.py markets --seeds 10 --signal 0      # nothing to find
     python tests/campaign_learn.py markets --seeds 4 --signal 0.05    # a planted signal
     python tests/campaign_learn.py shift --shifts 20,60,250           # labels moved in a circle
-    python tests/campaign_learn.py faults                            # kills, damage, a full disk
+    python tests/campaign_learn.py faults                            # kills, a full disk, no device
 
 Nothing here passes or fails; it prints what was measured, for a person to read. The tests hold the
 same properties at a smaller size.
 """
 
 import argparse
-import json
 import os
+import shutil
 import signal
+import subprocess
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -24,6 +26,8 @@ import pandas as pd
 import psutil
 
 from sensequant.backtest.metrics import rank_ic
+from sensequant.core.errors import SenseQuantError
+from sensequant.core.events import read_events
 from sensequant.core.types import Interval
 from sensequant.data.runs import Inputs, Run, pin_bars, pin_inputs
 from sensequant.learn import tables
@@ -38,9 +42,10 @@ FIRST, START, END = date(2021, 7, 5), date(2022, 1, 1), date(2024, 12, 31)
 SCOPES = ("symbol", "pooled")
 
 
-def made_run(spec: MarketSpec) -> Run:
+def made_run(spec: MarketSpec, home: Path | None = None) -> Run:
     """A run over a simulated market, in a home of its own."""
-    run = Run("live_candidate_20240101_093000", Path(tempfile.mkdtemp(prefix="learn-")))
+    home = home or Path(tempfile.mkdtemp(prefix="learn-"))
+    run = Run("live_candidate_20240101_093000", home)
     market = simulate(spec)
     for symbol in market.symbols:
         pin_bars(run, symbol, market.bars(symbol))
@@ -157,7 +162,53 @@ def faults(args: argparse.Namespace) -> None:
         r.artifacts == again[r.window_label] for r in records if r.scope == "symbol" and r.artifacts
     ]
     print(f"of {len(same)} symbol windows, {sum(same)} have the bytes of an undisturbed batch")
-    print(json.dumps(count_outcomes(train_teachers(run, recipe, BatchRules(args.workers)))))
+    broken.write_bytes((clean.folder / "bars" / broken.name).read_bytes())
+    shutil.rmtree(run.folder / "teacher" / blocked)
+    mended = train_teachers(run, recipe, BatchRules(args.workers))
+    anew = sum(r.duration_seconds is not None for r in mended)
+    print("mended and gone on:", count_outcomes(mended), f"{anew} windows trained anew")
+    full_disk(args)
+    dead_device(args)
+
+
+def full_disk(args: argparse.Namespace) -> None:
+    """A batch on a disk that fills, and the same batch once there is room; needs root."""
+    place, small = Path(tempfile.mkdtemp(prefix="disk-")), "size=12m"
+    mount = ["mount", "-t", "tmpfs", "-o", small, "tmpfs", str(place)]
+    if subprocess.run(mount, check=False).returncode:
+        print("full disk: not tried, no file system may be mounted here")
+        return
+    recipe = recipe_of(args.trees)
+    spec = MarketSpec(12, FIRST, END, 1, 0.0, late_listing_frac=0.0)
+    try:
+        run = made_run(spec, place)
+        try:
+            print(
+                "full disk:", count_outcomes(train_teachers(run, recipe, BatchRules(args.workers)))
+            )
+        except SenseQuantError as error:
+            print(f"full disk: the batch ended with: {str(error).splitlines()[0][:160]}")
+        subprocess.run(["mount", "-o", "remount,size=900m", str(place)], check=True)
+        again = train_teachers(run, recipe, BatchRules(args.workers))
+        found = sum(r.status == "success" and r.duration_seconds is None for r in again)
+        print(f"with room again: {count_outcomes(again)}, {found} windows found done")
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=False)
+
+
+def dead_device(args: argparse.Namespace) -> None:
+    """A batch that asks for a GPU where no driver answers."""
+    os.environ["OCL_ICD_VENDORS"] = tempfile.mkdtemp(prefix="no-driver-")
+    recipe = recipe_of(args.trees)
+    recipe = replace(recipe, teacher=replace(recipe.teacher, device_type="gpu"))
+    run = made_run(MarketSpec(6, FIRST, END, 1, 0.0, late_listing_frac=0.0))
+    records = train_teachers(run, recipe, BatchRules(args.workers))
+    warned = {
+        e.message for e in read_events(run.folder / "events.jsonl")[0] if e.event_type == "warning"
+    }
+    used = sorted({str(r.device) for r in records if r.status == "success"})
+    print("dead device:", count_outcomes(records), "trained on", ", ".join(used))
+    print("\n".join(f"  warning: {w[:150]}" for w in sorted(warned)))
 
 
 def main() -> None:
