@@ -239,7 +239,7 @@ def make_window(run: Run, job: Job, rules: BatchRules) -> WindowRecord:
             raise  # the whole task is tried again, alone on the machine
         except Exception as error:  # one window's fault must not end the others; it is kept whole
             record = _broken(job, error, attempt)
-            if not worth_retrying(error):
+            if not worth_retrying(error.__cause__ or error):  # a refusal hides what the disk said
                 break
     return replace(record, duration_seconds=round(time.perf_counter() - began, 4))
 
