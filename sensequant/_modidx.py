@@ -1918,6 +1918,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'sensequant/learn/ablation.py'),
                                            'sensequant.learn.ablation._loss': ( '5_learn/ablation.html#_loss',
                                                                                 'sensequant/learn/ablation.py'),
+                                           'sensequant.learn.ablation._values': ( '5_learn/ablation.html#_values',
+                                                                                  'sensequant/learn/ablation.py'),
                                            'sensequant.learn.ablation.ablation': ( '5_learn/ablation.html#ablation',
                                                                                    'sensequant/learn/ablation.py'),
                                            'sensequant.learn.ablation.ablation_table': ( '5_learn/ablation.html#ablation_table',

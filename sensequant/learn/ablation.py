@@ -7,6 +7,7 @@ whether rewards help."""
 __all__ = ['split_shares', 'spread', 'ablation', 'ablation_table', 'row_losses', 'reward_trial']
 
 # %% ../../nbs/5_learn/59_ablation.ipynb #7577a078
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core.fanout import fan_out
+from ..core.fanout import Outcome, fan_out
 from ..data.runs import Run
 from ..features.feature_sets import group_of, required_columns
 from ..features.labels import CLASSES
@@ -65,9 +66,7 @@ class _Trial:
         names = tuple(store.read_json(f"teacher/{label}/metadata.json")["features"])
         unseen, spec = self.unseen(turn), self.recipe.teacher
         spec = replace(spec, objective="regression") if turn.record.scope == "pooled" else spec
-        out = unseen[["forward_return"]].assign(
-            symbol=unseen["symbol"] if "symbol" in unseen else turn.record.symbol
-        )
+        out = unseen[["forward_return"]].assign(symbol=unseen.get("symbol", turn.record.symbol))
         whole = unpack_teacher(store.read_bytes(f"teacher/{label}/model.txt.zst"))
         out["all"] = whole.score(unseen)["score"]
         for group in self.groups:
@@ -114,11 +113,23 @@ def _ablate_scope(
     scores = pd.DataFrame()
     if off and most:
         trial = _Trial(run, recipe, off)
-        outcomes = fan_out(trial, spread(records, most), workers)
-        scores = pd.concat([o.value for o in outcomes if o.ok])
+        tried = _values(run, fan_out(trial, spread(records, most), workers))
+        scores = pd.concat(tried) if tried else scores
     lines = shares.rename_axis("group").reset_index().to_dict("records")
     block = 2 * recipe.label.horizon_days  # labels of neighbouring dates share days
     return [line | _loss(scores, line["group"], block, seed) for line in lines]
+
+
+def _values(run: Run, outcomes: Iterator[Outcome]) -> list[pd.DataFrame]:
+    "What came back; what did not is a warning of the run."
+    held = []
+    for outcome in outcomes:
+        if outcome.ok and len(outcome.value):
+            held.append(outcome.value)
+        elif not outcome.ok:
+            words = f"left out of a comparison: {outcome.error}"
+            run.events.emit("warning", phase="4_validate", message=words)
+    return held
 
 
 def _loss(scores: pd.DataFrame, group: str, block: int, seed: int) -> dict[str, Any]:
@@ -127,6 +138,8 @@ def _loss(scores: pd.DataFrame, group: str, block: int, seed: int) -> dict[str, 
         return {"ic_all": None, "ic_without": None, "loss": None, "interval": None, "n_dates": 0}
     by = {n: ic_by_date(scores.assign(score=scores[n])) for n in ("all", group)}
     both = pd.concat(by, axis=1).dropna()
+    if (n_dates := both.index.normalize().nunique()) < 2 * block:  # too few symbols, or days
+        return _loss(pd.DataFrame(), group, block, seed) | {"n_dates": n_dates}
     found = paired_difference(both[group], both["all"], both.index, block, seed)
     means = {"ic_all": both["all"].mean(), "ic_without": both[group].mean()}
     told = {"loss": found["difference"], "interval": [found["low"], found["high"]]}
@@ -151,7 +164,9 @@ def ablation_table(
 ) -> pd.DataFrame:  # by scope and group
     "Ablation for a page."
     lines = [{"scope": s} | line for s in ("symbol", "pooled") for line in found.get(s, [])]
-    table = pd.DataFrame(lines).set_index(["scope", "group"])
+    measured = ["splits (%)", "gain (%)", "windows", "ic_all", "ic_without", "loss"]
+    names = ["scope", "group", *measured, "interval", "n_dates"]
+    table = pd.DataFrame(lines, columns=names).set_index(["scope", "group"])
     return table.round({"splits (%)": 1, "gain (%)": 1, "ic_all": 4, "ic_without": 4, "loss": 4})
 
 # %% ../../nbs/5_learn/59_ablation.ipynb #a402817d
@@ -210,12 +225,14 @@ def reward_trial(
     "Reward-weighted students against plain ones, on the same windows and bars."
     trial = _RewardTrial(run, recipe, replace(spec, reward_weighting="linear"))
     records = read_window_runs(run, "student", recipe.scope)
-    outcomes = fan_out(trial, spread(records, 10_000), workers)
-    parts = [o.value for o in outcomes if o.ok and len(o.value)]
+    parts = _values(run, fan_out(trial, spread(records, 10_000), workers))
+    nothing: dict[str, Any] = {"gain": None, "interval": None, "n_dates": 0, "n_bars": 0}
     if not parts:
-        return {"gain": None, "interval": None, "n_dates": 0, "n_bars": 0}
+        return nothing
     table = pd.concat(parts)
     block = 2 * recipe.label.horizon_days  # labels of neighbouring dates share days
+    if (n_dates := table.index.normalize().nunique()) < 2 * block:
+        return nothing | {"n_dates": n_dates, "n_bars": len(table)}
     losses = -table["baseline"], -table["rewarded"]
     found = paired_difference(*losses, table.index, block, seed)
     told = {"gain": found["difference"], "interval": [found["low"], found["high"]]}
