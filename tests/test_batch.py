@@ -20,15 +20,17 @@ from conftest import ROOT
 
 from sensequant.core.artifacts import Artifacts, sha256_file
 from sensequant.core.errors import DataError
-from sensequant.core.events import read_events
+from sensequant.core.events import json_bytes, read_events
 from sensequant.core.types import Interval
 from sensequant.data.runs import Inputs, Run, pin_bars, pin_inputs
 from sensequant.features.labels import LabelSpec
 from sensequant.learn import batch
+from sensequant.learn.ablation import ablation, ablation_table, reward_trial
 from sensequant.learn.batch import (
     BatchRules,
     StudentRules,
     TeacherTask,
+    importance_share,
     load_window_student,
     load_window_teacher,
     train_students,
@@ -487,3 +489,54 @@ def test_every_way_goes_from_end_to_end(market, tmp_path, kind, objective, mode,
         assert len(said) > 100 and said["score"].between(-1, 1).all()
         assert (said[["p_long", "p_short"]].sum(axis=1) <= 1 + 1e-9).all()
         assert said["dissimilarity"].ge(0).all()
+
+
+# --- what is compared afterwards
+
+
+def test_a_small_run_is_compared_as_far_as_it_can_be(market, tmp_path):
+    "Two symbols have no order to speak of, and few dates no interval: that is said, and no error."
+    run = prepared(tmp_path, {s: market[s] for s in ("SIM001", "SIM002")})
+    recipe = replace(RECIPE, groups=("technical", "regime"))
+    made(run, recipe)
+    found = ablation(run, recipe, 10)
+    assert [line["group"] for line in found["symbol"]] == ["regime", "technical"]
+    assert all(line["splits (%)"] > 0 and line["interval"] is None for line in found["symbol"])
+    assert found["pooled"] == [] and len(ablation_table(found)) == 2
+    far = replace(recipe, label=LabelSpec(horizon_days=40))
+    told = reward_trial(run, far, RewardSpec())
+    assert told["interval"] is None and told["n_dates"] > 10 and told["n_bars"] > 20
+    for path in (run.folder / "bars").iterdir():
+        path.write_bytes(b"damaged")
+    assert reward_trial(run, recipe, RewardSpec())["n_bars"] == 0
+    assert sum("left out of a comparison" in words for words in warnings(run)) == 2
+
+
+def test_trees_that_never_split_are_no_error(market, tmp_path):
+    run = prepared(tmp_path, {"SIM001": market["SIM001"]})
+    stumps = replace(RECIPE, teacher=replace(TREES, min_child_samples=500))
+    teachers, students = made(run, stumps)
+    assert [r.status for r in students if r.symbol != POOLED][:2] == ["success"] * 2
+    assert importance_share(run, teachers).empty
+    assert ablation_table(ablation(run, stumps, 10)).empty
+    assert chain_predictions(run, stumps)["score"].notna().all()
+
+
+@pytest.mark.slow
+def test_what_a_group_adds_and_whether_rewards_help(serial, market, tmp_path):
+    "Six symbols: both scopes, with intervals; the same figures for one worker and two."
+    run, *_ = serial
+    other = prepared(tmp_path, market)
+    recipe = replace(RECIPE, groups=("technical", "regime"))
+    made(other, recipe)
+    found = ablation(other, recipe, 100)
+    for scope in ("symbol", "pooled"):
+        for line in found[scope]:
+            low, high = line["interval"]
+            assert low <= line["loss"] <= high and line["n_dates"] > 100, (scope, line)
+            assert line["loss"] == pytest.approx(line["ic_all"] - line["ic_without"])
+    assert ablation(other, recipe, 100, workers=2) == found
+    assert json_bytes(found) and len(ablation_table(found)) == 4
+    told = reward_trial(run, RECIPE, RewardSpec())
+    low, high = told["interval"]
+    assert low <= told["gain"] <= high and told["n_dates"] > 60

@@ -7,7 +7,7 @@ whether rewards help."""
 __all__ = ['split_shares', 'spread', 'ablation', 'ablation_table', 'row_losses', 'reward_trial']
 
 # %% ../../nbs/5_learn/59_ablation.ipynb #7577a078
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core.errors import DataError
 from ..core.fanout import Outcome, fan_out
 from ..data.runs import Run
 from ..features.feature_sets import group_of, required_columns
@@ -73,9 +72,8 @@ class _Trial:
         names = tuple(store.read_json(f"teacher/{label}/metadata.json")["features"])
         unseen, spec = self.unseen(turn), self.recipe.teacher
         spec = replace(spec, objective="regression") if turn.record.scope == "pooled" else spec
-        named = unseen.get("symbol", turn.record.symbol)
-        out = unseen[["forward_return"]].assign(symbol=named)
-        whole = load_window_teacher(self.run, label)
+        out = unseen[["forward_return"]].assign(symbol=unseen.get("symbol", turn.record.symbol))
+        whole = unpack_teacher(store.read_bytes(f"teacher/{label}/model.txt.zst"))
         out["all"] = whole.score(unseen)["score"]
         for group in self.groups:
             kept = tuple(n for n in names if group_of(n) != group)
@@ -139,14 +137,23 @@ def _ablate_scope(
     scores = pd.DataFrame()
     if off and most:
         trial = _Trial(run, recipe, off)
-        outcomes = fan_out(trial, spread(records, most), workers)
-        scores = pd.concat(_values(outcomes))
+        tried = _values(run, fan_out(trial, spread(records, most), workers))
+        scores = pd.concat(tried) if tried else scores
     lines = shares.rename_axis("group").reset_index().to_dict("records")
     block = 2 * recipe.label.horizon_days  # labels of neighbouring dates share days
     return [line | _loss(scores, line["group"], block, seed) for line in lines]
 
 
-_TRIED = ("ic_all", "ic_without", "loss", "interval", "n_dates")  # what switching off tells
+def _values(run: Run, outcomes: Iterator[Outcome]) -> list[pd.DataFrame]:
+    "What came back; what did not is a warning of the run."
+    held = []
+    for outcome in outcomes:
+        if outcome.ok and len(outcome.value):
+            held.append(outcome.value)
+        elif not outcome.ok:
+            words = f"left out of a comparison: {outcome.error}"
+            run.events.emit("warning", phase="4_validate", message=words)
+    return held
 
 
 def _loss(scores: pd.DataFrame, group: str, block: int, seed: int) -> dict[str, Any]:
@@ -155,7 +162,9 @@ def _loss(scores: pd.DataFrame, group: str, block: int, seed: int) -> dict[str, 
         return dict.fromkeys(_TRIED) | {"n_dates": 0}
     by = {n: ic_by_date(scores.assign(score=scores[n])) for n in ("all", group)}
     both = pd.concat(by, axis=1).dropna()
-    found = _difference(both[group], both["all"], block, seed)
+    if (n_dates := both.index.normalize().nunique()) < 2 * block:  # too few symbols, or days
+        return _loss(pd.DataFrame(), group, block, seed) | {"n_dates": n_dates}
+    found = paired_difference(both[group], both["all"], both.index, block, seed)
     means = {"ic_all": both["all"].mean(), "ic_without": both[group].mean()}
     told = {"loss": found["difference"], "interval": [found["low"], found["high"]]}
     return means | told | {"n_dates": found["n_dates"]}
@@ -176,16 +185,13 @@ def ablation(
 
 def ablation_table(
     found: dict[str, Any],  # from `ablation`
-    scope: str,  # symbol or pooled
-) -> pd.DataFrame:  # by group: shares (%), rank IC with and without it, the loss and its interval
-    "Ablation of a scope for a page."
-    columns = ["group", "splits (%)", "gain (%)", "windows", *_TRIED]
-    table = pd.DataFrame(found.get(scope, []), columns=columns).set_index("group")
-    ends = [pair or (None, None) for pair in table.pop("interval")]
-    table["low"], table["high"] = [a for a, _ in ends], [b for _, b in ends]
-    four = dict.fromkeys(("ic_all", "ic_without", "loss", "low", "high"), 4)
-    shown = table.astype(dict.fromkeys(four, float)).round(four | {"splits (%)": 1, "gain (%)": 1})
-    return shown[["splits (%)", "gain (%)", "windows", *four, "n_dates"]]
+) -> pd.DataFrame:  # by scope and group
+    "Ablation for a page."
+    lines = [{"scope": s} | line for s in ("symbol", "pooled") for line in found.get(s, [])]
+    measured = ["splits (%)", "gain (%)", "windows", "ic_all", "ic_without", "loss"]
+    names = ["scope", "group", *measured, "interval", "n_dates"]
+    table = pd.DataFrame(lines, columns=names).set_index(["scope", "group"])
+    return table.round({"splits (%)": 1, "gain (%)": 1, "ic_all": 4, "ic_without": 4, "loss": 4})
 
 # %% ../../nbs/5_learn/59_ablation.ipynb #a402817d
 @dataclass(frozen=True)
@@ -243,12 +249,15 @@ def reward_trial(
     "Reward-weighted students against plain ones, on the same windows and bars."
     trial = _RewardTrial(run, recipe, replace(spec, reward_weighting="linear"))
     records = read_window_runs(run, "student", recipe.scope)
-    outcomes = fan_out(trial, spread(records, 10_000), workers)
-    parts = [part for part in _values(outcomes) if len(part)]
+    parts = _values(run, fan_out(trial, spread(records, 10_000), workers))
+    nothing: dict[str, Any] = {"gain": None, "interval": None, "n_dates": 0, "n_bars": 0}
     if not parts:
-        return {"gain": None, "interval": None, "n_dates": 0, "n_bars": 0}
+        return nothing
     table = pd.concat(parts)
     block = 2 * recipe.label.horizon_days  # labels of neighbouring dates share days
-    found = _difference(-table["baseline"], -table["rewarded"], block, seed)
+    if (n_dates := table.index.normalize().nunique()) < 2 * block:
+        return nothing | {"n_dates": n_dates, "n_bars": len(table)}
+    losses = -table["baseline"], -table["rewarded"]
+    found = paired_difference(*losses, table.index, block, seed)
     told = {"gain": found["difference"], "interval": [found["low"], found["high"]]}
     return told | {"n_dates": found["n_dates"], "n_bars": found["n_rows"]}
