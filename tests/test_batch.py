@@ -502,7 +502,7 @@ def test_a_small_run_is_compared_as_far_as_it_can_be(market, tmp_path):
     found = ablation(run, recipe, 10)
     assert [line["group"] for line in found["symbol"]] == ["regime", "technical"]
     assert all(line["splits (%)"] > 0 and line["interval"] is None for line in found["symbol"])
-    assert found["pooled"] == [] and len(ablation_table(found)) == 2
+    assert found["pooled"] == [] and len(ablation_table(found, "symbol")) == 2
     far = replace(recipe, label=LabelSpec(horizon_days=40))
     told = reward_trial(run, far, RewardSpec())
     assert told["interval"] is None and told["n_dates"] > 10 and told["n_bars"] > 20
@@ -518,7 +518,7 @@ def test_trees_that_never_split_are_no_error(market, tmp_path):
     teachers, students = made(run, stumps)
     assert [r.status for r in students if r.symbol != POOLED][:2] == ["success"] * 2
     assert importance_share(run, teachers).empty
-    assert ablation_table(ablation(run, stumps, 10)).empty
+    assert ablation_table(ablation(run, stumps, 10), "symbol").empty
     assert chain_predictions(run, stumps)["score"].notna().all()
 
 
@@ -536,7 +536,8 @@ def test_what_a_group_adds_and_whether_rewards_help(serial, market, tmp_path):
             assert low <= line["loss"] <= high and line["n_dates"] > 100, (scope, line)
             assert line["loss"] == pytest.approx(line["ic_all"] - line["ic_without"])
     assert ablation(other, recipe, 100, workers=2) == found
-    assert json_bytes(found) and len(ablation_table(found)) == 4
+    assert json_bytes(found)
+    assert [len(ablation_table(found, scope)) for scope in ("symbol", "pooled")] == [2, 2]
     told = reward_trial(run, RECIPE, RewardSpec())
     low, high = told["interval"]
     assert low <= told["gain"] <= high and told["n_dates"] > 60

@@ -7,7 +7,7 @@ whether rewards help."""
 __all__ = ['split_shares', 'spread', 'ablation', 'ablation_table', 'row_losses', 'reward_trial']
 
 # %% ../../nbs/5_learn/59_ablation.ipynb #7577a078
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -72,8 +72,9 @@ class _Trial:
         names = tuple(store.read_json(f"teacher/{label}/metadata.json")["features"])
         unseen, spec = self.unseen(turn), self.recipe.teacher
         spec = replace(spec, objective="regression") if turn.record.scope == "pooled" else spec
-        out = unseen[["forward_return"]].assign(symbol=unseen.get("symbol", turn.record.symbol))
-        whole = unpack_teacher(store.read_bytes(f"teacher/{label}/model.txt.zst"))
+        named = unseen.get("symbol", turn.record.symbol)
+        out = unseen[["forward_return"]].assign(symbol=named)
+        whole = load_window_teacher(self.run, label)
         out["all"] = whole.score(unseen)["score"]
         for group in self.groups:
             kept = tuple(n for n in names if group_of(n) != group)
@@ -109,14 +110,16 @@ def _evenly(n: int, most: int) -> list[int]:  # positions, increasing
     return sorted({round(k) for k in np.linspace(0, n - 1, min(n, most))}) if n else []
 
 # %% ../../nbs/5_learn/59_ablation.ipynb #7f20d1e6
-def _values(outcomes: Iterable[Outcome]) -> list[Any]:
-    "What each task gave; the first that failed stops the count, since a sample must be whole."
-    held = list(outcomes)
-    for outcome in held:
-        if not outcome.ok:
-            who = outcome.item[0].record.symbol
-            raise DataError("every window of the sample must be tried", outcome.error, who)
-    return [outcome.value for outcome in held]
+def _values(run: Run, outcomes: Iterable[Outcome]) -> list[Any]:
+    "What came back and is not empty; what did not come back is a warning of the run."
+    held = []
+    for outcome in outcomes:
+        if outcome.ok and len(outcome.value):
+            held.append(outcome.value)
+        elif not outcome.ok:
+            words = f"left out of a comparison: {outcome.error}"
+            run.events.emit("warning", phase="4_validate", message=words)
+    return held
 
 
 def _difference(a: pd.Series, b: pd.Series, block: int, seed: int) -> dict[str, Any]:
@@ -137,23 +140,15 @@ def _ablate_scope(
     scores = pd.DataFrame()
     if off and most:
         trial = _Trial(run, recipe, off)
-        tried = _values(run, fan_out(trial, spread(records, most), workers))
+        outcomes = fan_out(trial, spread(records, most), workers)
+        tried = _values(run, outcomes)
         scores = pd.concat(tried) if tried else scores
     lines = shares.rename_axis("group").reset_index().to_dict("records")
     block = 2 * recipe.label.horizon_days  # labels of neighbouring dates share days
     return [line | _loss(scores, line["group"], block, seed) for line in lines]
 
 
-def _values(run: Run, outcomes: Iterator[Outcome]) -> list[pd.DataFrame]:
-    "What came back; what did not is a warning of the run."
-    held = []
-    for outcome in outcomes:
-        if outcome.ok and len(outcome.value):
-            held.append(outcome.value)
-        elif not outcome.ok:
-            words = f"left out of a comparison: {outcome.error}"
-            run.events.emit("warning", phase="4_validate", message=words)
-    return held
+_TRIED = ("ic_all", "ic_without", "loss", "interval", "n_dates")  # what switching off tells
 
 
 def _loss(scores: pd.DataFrame, group: str, block: int, seed: int) -> dict[str, Any]:
@@ -162,9 +157,11 @@ def _loss(scores: pd.DataFrame, group: str, block: int, seed: int) -> dict[str, 
         return dict.fromkeys(_TRIED) | {"n_dates": 0}
     by = {n: ic_by_date(scores.assign(score=scores[n])) for n in ("all", group)}
     both = pd.concat(by, axis=1).dropna()
-    if (n_dates := both.index.normalize().nunique()) < 2 * block:  # too few symbols, or days
-        return _loss(pd.DataFrame(), group, block, seed) | {"n_dates": n_dates}
-    found = paired_difference(both[group], both["all"], both.index, block, seed)
+    if both.empty:  # too few symbols for an order
+        return dict.fromkeys(_TRIED) | {"n_dates": 0}
+    found = _difference(both[group], both["all"], block, seed)
+    if found["difference"] is None:
+        return dict.fromkeys(_TRIED) | {"n_dates": found["n_dates"]}
     means = {"ic_all": both["all"].mean(), "ic_without": both[group].mean()}
     told = {"loss": found["difference"], "interval": [found["low"], found["high"]]}
     return means | told | {"n_dates": found["n_dates"]}
@@ -185,13 +182,16 @@ def ablation(
 
 def ablation_table(
     found: dict[str, Any],  # from `ablation`
-) -> pd.DataFrame:  # by scope and group
-    "Ablation for a page."
-    lines = [{"scope": s} | line for s in ("symbol", "pooled") for line in found.get(s, [])]
-    measured = ["splits (%)", "gain (%)", "windows", "ic_all", "ic_without", "loss"]
-    names = ["scope", "group", *measured, "interval", "n_dates"]
-    table = pd.DataFrame(lines, columns=names).set_index(["scope", "group"])
-    return table.round({"splits (%)": 1, "gain (%)": 1, "ic_all": 4, "ic_without": 4, "loss": 4})
+    scope: str,  # symbol or pooled
+) -> pd.DataFrame:  # by group: shares (%), rank IC with and without it, the loss and its interval
+    "Ablation of a scope for a page."
+    columns = ["group", "splits (%)", "gain (%)", "windows", *_TRIED]
+    table = pd.DataFrame(found.get(scope, []), columns=columns).set_index("group")
+    ends = [pair or (None, None) for pair in table.pop("interval")]
+    table["low"], table["high"] = [a for a, _ in ends], [b for _, b in ends]
+    four = dict.fromkeys(("ic_all", "ic_without", "loss", "low", "high"), 4)
+    shown = table.astype(dict.fromkeys(four, float)).round(four | {"splits (%)": 1, "gain (%)": 1})
+    return shown[["splits (%)", "gain (%)", "windows", *four, "n_dates"]]
 
 # %% ../../nbs/5_learn/59_ablation.ipynb #a402817d
 @dataclass(frozen=True)
@@ -249,15 +249,13 @@ def reward_trial(
     "Reward-weighted students against plain ones, on the same windows and bars."
     trial = _RewardTrial(run, recipe, replace(spec, reward_weighting="linear"))
     records = read_window_runs(run, "student", recipe.scope)
-    parts = _values(run, fan_out(trial, spread(records, 10_000), workers))
-    nothing: dict[str, Any] = {"gain": None, "interval": None, "n_dates": 0, "n_bars": 0}
+    outcomes = fan_out(trial, spread(records, 10_000), workers)
+    parts = _values(run, outcomes)
     if not parts:
-        return nothing
+        return {"gain": None, "interval": None, "n_dates": 0, "n_bars": 0}
     table = pd.concat(parts)
     block = 2 * recipe.label.horizon_days  # labels of neighbouring dates share days
-    if (n_dates := table.index.normalize().nunique()) < 2 * block:
-        return nothing | {"n_dates": n_dates, "n_bars": len(table)}
-    losses = -table["baseline"], -table["rewarded"]
-    found = paired_difference(*losses, table.index, block, seed)
-    told = {"gain": found["difference"], "interval": [found["low"], found["high"]]}
+    found = _difference(-table["baseline"], -table["rewarded"], block, seed)
+    ends = [found["low"], found["high"]] if found["difference"] is not None else None
+    told = {"gain": found["difference"], "interval": ends}
     return told | {"n_dates": found["n_dates"], "n_bars": found["n_rows"]}
