@@ -287,10 +287,10 @@ def test_a_dry_run_touches_nothing_and_tells_the_truth(finished_run, copied_run,
         assert done.exit_code == 0, done.output
         printed.append(done.output.splitlines()[:-1])  # the last line is a measured time
     assert (tree(copied_run.home), absent.exists()) == (before, False)
-    assert printed[0] == printed[1] and "15 windows" in printed[0][1]
+    assert printed[0] == printed[1] and "20 windows" in printed[0][1]
     config = finished_run.artifacts.read_json("config.json")
     plan = plan_run(config, open_feed(config), absent)
-    told = read_window_runs(finished_run, "teacher", "symbol")
+    told = read_window_runs(finished_run, "teacher")
     expected = [(r.window_label, r.skip_class, r.message) for r in told]
     assert [(p.window.label, p.skip_class, p.message) for p in plan.windows] == expected
     assert plan.rows == sum(len(pinned_bars(finished_run, s)) for s in SYMBOLS)
@@ -313,7 +313,7 @@ def test_a_plan_refuses_what_the_run_would_refuse(tmp_path):
     settings = {"csv_dir": tmp_path, "source": "csv", "start": "2023-01-02", "end": "2023-09-29"}
     config = run_config(load_settings(**settings), [])
     plan = plan_run(config, open_feed(config), tmp_path / "home")
-    assert {p.window.symbol for p in plan.windows} == {"GOOD"}
+    assert {p.window.symbol for p in plan.windows} == {"GOOD", "POOLED"}
     assert "at most 1.0% of the rows may be rejected; found 25 of 307" in plan.refused["BAD"]
     assert "must have bars in the range" in plan.refused["OLD"]
 

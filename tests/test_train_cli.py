@@ -12,6 +12,7 @@ from sensequant.data.runs import open_run
 from sensequant.learn.records import count_outcomes, read_window_runs
 from sensequant.learn.tables import POOLED
 from sensequant.ops.main import app
+from sensequant.ops.orchestrator import open_feed, plan_run
 
 KNOWS = """
 import pandas as pd
@@ -99,6 +100,11 @@ def test_phases_are_trained_one_by_one_and_the_run_can_go_on(tmp_path, monkeypat
     assert not (run.folder / "student_runs.json").exists()
     counts = count_outcomes(read_window_runs(run, "teacher", "pooled"))
     assert counts["success"] == 4 and not counts["failed"]
+    config = run.artifacts.read_json("config.json")
+    plan = plan_run(config, open_feed(config), tmp_path / "absent")
+    told = read_window_runs(run, "teacher")
+    expected = [(r.window_label, r.skip_class, r.message) for r in told]
+    assert [(p.window.label, p.skip_class, p.message) for p in plan.windows] == expected
     done = invoke("train", "student")
     assert done.exit_code == 0, done.output
     students = read_window_runs(open_run(run.run_id), "student")
