@@ -10,6 +10,8 @@ from xml.sax.saxutils import escape
 
 from aiohttp import web
 
+from sensequant.core.types import IST
+
 KEY, TOKEN = "news-key-51d2", "x-token-83ac"
 
 
@@ -145,8 +147,9 @@ class NewsServer:
             return web.json_response(body, status=401)
         q = request.query
         low, high = zulu(q["from"]), zulu(q["to"])
-        if low < datetime.now(UTC) - timedelta(days=self.reach_days):
-            first = (datetime.now(UTC) - timedelta(days=self.reach_days - 1)).date()
+        limit = datetime.now(UTC) - timedelta(days=self.reach_days)
+        if low < limit:
+            first = limit.astimezone(IST).date() + timedelta(days=1)  # whole, at any time of day
             said = f"You are trying to request results too far in the past. Yours begin {first}"
             body = {"status": "error", "code": "parameterInvalid", "message": said}
             return web.json_response(body, status=426)
