@@ -7,15 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
+from processes import gone_within
 
 from sensequant.core.settings import load_settings
-from sensequant.data.runs import Run
-from sensequant.ops.orchestrator import begin_run, go_on, run_config
 
 # A shell that starts the tests in the background leaves SIGINT ignored, and so would every process
 # that a test starts and then interrupts.
@@ -58,6 +56,9 @@ def own_home(tmp_path_factory, monkeypatch):
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
     "A small run that reached its verdict, with one worker; to be looked at, never changed."
+    # Here, not above: workers import this file with the items of the fan-out's tests.
+    from sensequant.ops.orchestrator import begin_run, go_on, run_config
+
     config = run_config(load_settings(workers=1, **SMALL), SYMBOLS)
     ended = go_on(begin_run(config, tmp_path_factory.mktemp("finished")))
     assert ended.status == "success", ended.message
@@ -67,6 +68,8 @@ def finished_run(tmp_path_factory):
 @pytest.fixture
 def copied_run(finished_run, tmp_path):
     "The same run in a home of its own, to be damaged and mended."
+    from sensequant.data.runs import Run
+
     shutil.copytree(finished_run.home, tmp_path / "copy")
     return Run(finished_run.run_id, tmp_path / "copy")
 
@@ -92,19 +95,6 @@ def bounded():
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
-
-
-def alive(pids):
-    "Processes of `pids` that still run."
-    return [p for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != "zombie"]
-
-
-def gone_within(pids, seconds):
-    "Wait until none of `pids` runs; whether that came true."
-    end = time.monotonic() + seconds
-    while alive(pids) and time.monotonic() < end:
-        time.sleep(0.05)
-    return not alive(pids)
 
 
 @pytest.fixture(scope="module")

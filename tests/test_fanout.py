@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import alive, gone_within
+from processes import alive, gone_within
 from threadpoolctl import threadpool_info
 
 from sensequant.core.errors import DataError, SettingsError
