@@ -2319,6 +2319,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'sensequant.learn.tables.comparable': ( '5_learn/tables.html#comparable',
                                                                                  'sensequant/learn/tables.py'),
                                          'sensequant.learn.tables.digest': ('5_learn/tables.html#digest', 'sensequant/learn/tables.py'),
+                                         'sensequant.learn.tables.judged_scope': ( '5_learn/tables.html#judged_scope',
+                                                                                   'sensequant/learn/tables.py'),
                                          'sensequant.learn.tables.learning_table': ( '5_learn/tables.html#learning_table',
                                                                                      'sensequant/learn/tables.py'),
                                          'sensequant.learn.tables.panel_of': ('5_learn/tables.html#panel_of', 'sensequant/learn/tables.py'),

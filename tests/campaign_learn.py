@@ -10,6 +10,7 @@ same properties at a smaller size.
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -129,15 +130,24 @@ def shift(args: argparse.Namespace) -> None:
             print(f"shift {k:>4}  {scope:<8} IC {ic.mean:+.4f}  t {ic.t:+.2f}", flush=True)
 
 
+def worker_pids() -> list[int]:
+    """The workers of this process; loky's tracker of resources is none."""
+    held = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if any("popen_loky" in word for word in child.cmdline()):
+                held.append(child.pid)
+    return held
+
+
 def kill_some(times: list[float], told: list[str]) -> None:
     """Kill a worker of this process at each of the moments, in seconds from now."""
     began = time.perf_counter()
     for moment in times:
         time.sleep(max(0.0, began + moment - time.perf_counter()))
-        workers = [p for p in psutil.Process().children() if "loky" in " ".join(p.cmdline())]
-        if workers:
-            os.kill(workers[0].pid, signal.SIGKILL)
-            told.append(f"worker {workers[0].pid} after {moment:.0f} s")
+        if workers := worker_pids():
+            os.kill(workers[0], signal.SIGKILL)
+            told.append(f"worker {workers[0]} after {moment:.0f} s")
 
 
 def faults(args: argparse.Namespace) -> None:
@@ -149,7 +159,7 @@ def faults(args: argparse.Namespace) -> None:
     blocked = "SIM005_2022-01-01_to_2022-06-29"
     (run.folder / "teacher" / blocked / "model.txt.zst").mkdir(parents=True)
     told: list[str] = []
-    killer = threading.Thread(target=kill_some, args=([6.0, 12.0, 18.0], told), daemon=True)
+    killer = threading.Thread(target=kill_some, args=([3.0, 6.0, 9.0, 12.0], told), daemon=True)
     killer.start()
     records = train_teachers(run, recipe, BatchRules(args.workers))
     print("killed:", "; ".join(told))

@@ -187,7 +187,9 @@ def test_a_finished_run_has_its_files(finished_run):
         judged = sheets if students[w.window_label].metrics["n"] else set()
         assert held == {"student.model", "evaluation.json", "metadata.json"} | judged
     assert sum(bool(w.metrics.get("n")) for w in students.values()) > 5
-    assert read_recipe(finished_run) == recipe_of(finished_run.artifacts.read_json("config.json"))
+    assert read_recipe(finished_run) == recipe_of(
+        finished_run.artifacts.read_json("config.json"), 3
+    )
     columns = {"symbol", "ts", "window_label", "p_long", "p_short", "score", "label_known_at"}
     predictions = finished_run.artifacts.read_parquet("predictions.parquet")
     assert columns | {"forward_return"} <= set(predictions.columns)
@@ -470,7 +472,7 @@ def trained(finished_run, home, workers, blocked):
         (run.folder / "teacher" / label / "model.txt.zst").mkdir(parents=True)
     with run.state as state:
         state.start_run(run.run_id, config, os.getpid(), simulated=True)
-    teachers = train_teachers(run, recipe_of(config), BatchRules(workers))
+    teachers = train_teachers(run, recipe_of(config, len(inputs.symbols)), BatchRules(workers))
     return teachers, train_students(run, batch=BatchRules(workers))
 
 

@@ -159,8 +159,11 @@ class FeatureSettings(BaseModel):
 class BatchSettings(BaseModel):
     "How windows become models: on which machines, how long, how often."
 
-    scope: Literal["symbol", "pooled"] = _word(
-        "symbol", "one model a symbol and window, or one a window", "", "symbol or pooled"
+    scope: Literal["auto", "symbol", "pooled"] = _word(
+        "auto",
+        "one model a symbol and window, or one a window over all; auto: all, from 5 symbols on",
+        "",
+        "auto, symbol or pooled",
     )
     compare_scopes: bool = _word(
         True, "train the other scope too, to be shown beside", "", "true or false"

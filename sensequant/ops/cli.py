@@ -365,7 +365,7 @@ def run(
     sim_symbols: Annotated[int | None, _opt("size of the simulated market")] = None,
     signal_ic: Annotated[float | None, _opt("planted one-day IC; 0 plants nothing")] = None,
     seed: Annotated[int | None, _opt("seed of market, models and bootstrap")] = None,
-    scope: Annotated[str | None, _opt("symbol or pooled: whose students are judged")] = None,
+    scope: Annotated[str | None, _opt("auto, symbol or pooled: whose students are judged")] = None,
     workers: Annotated[int | None, _opt("processes")] = None,
     backend: Annotated[str | None, _opt("processes, or dask for several machines")] = None,
     scheduler: Annotated[str | None, _opt("address of the Dask scheduler, tcp://...")] = None,

@@ -86,6 +86,7 @@ from sensequant.learn.tables import (
     POOLED,
     Recipe,
     WindowSpec,
+    judged_scope,
     learning_table,
     panel_of,
     plan_pooled,
@@ -230,6 +231,7 @@ def require_inputs(
     if unknown:
         fix = f"The feed has {len(held)} symbols: {', '.join(held[:8])}{' ...' * (len(held) > 8)}"
         raise DataError("each symbol must be in the feed", ", ".join(unknown[:8]), "symbols", fix)
+    judged_scope(config["scope"], len(config["symbols"] or held))
     benchmark = config["benchmark"]
     if index_of(benchmark) and not (feed.remote or index_of(benchmark) in held):
         raise DataError("the feed must have the benchmark", "no such index", benchmark)
@@ -264,12 +266,14 @@ class Plan:
 
 def recipe_of(
     config: dict[str, Any],  # from `run_config`
+    n_symbols: int,  # that can be used
 ) -> Recipe:
     "The recipe phase 2 will use."
     window, label = ({k: config[k] for k in GROUPED[g]} for g in ("window", "label"))
     trees = TeacherSpec(seed=config["seed"], **config["teacher"])
     parts = WindowSpec(**window), LabelSpec(**label), parse_groups(config["feature_groups"]), trees
-    return Recipe(*parts, scope=config["scope"], compare_scopes=config["compare_scopes"])
+    scope = judged_scope(config["scope"], n_symbols)
+    return Recipe(*parts, scope=scope, compare_scopes=config["compare_scopes"])
 
 
 def _measure(rows: pd.DataFrame, recipe: Recipe) -> tuple[float, float]:
@@ -297,9 +301,9 @@ def _planned_bars(
     return bars
 
 # %% ../../nbs/9_ops/93_orchestrator.ipynb #3c418e31
-def _plain_recipe(config: dict[str, Any]) -> Recipe:
+def _plain_recipe(config: dict[str, Any], n_symbols: int) -> Recipe:
     "The recipe with the technical features alone, which decide what rows are whole."
-    return replace(recipe_of(config), groups=("technical",))
+    return replace(recipe_of(config, n_symbols), groups=("technical",))
 
 
 def _asked_of(recipe: Recipe, pooled: bool) -> Recipe:
@@ -316,10 +320,9 @@ def _inputs_of(config: dict[str, Any], feed: Feed, *symbols: str) -> Inputs:
 
 
 def _plan_symbol(
-    config: dict[str, Any], feed: Feed, symbol: str, bars: pd.DataFrame
+    recipe: Recipe, inputs: Inputs, symbol: str, bars: pd.DataFrame
 ) -> tuple[list[PlannedWindow], pd.DataFrame]:  # windows by start, the symbol's table
     "A symbol's windows, as phase 2 will plan them."
-    recipe, inputs = _plain_recipe(config), _inputs_of(config, feed, symbol)
     table = learning_table(bars, Context(inputs.interval), recipe)
     return plan_symbol(inputs, symbol, table, recipe), table
 
@@ -328,16 +331,15 @@ def _plan_windows(
     config: dict[str, Any], feed: Feed, held: dict[str, pd.DataFrame]
 ) -> Iterator[tuple[PlannedWindow, pd.DataFrame]]:  # and its rows, none when it is skipped
     "The windows of each scope that will be trained, as phase 2 will plan them."
-    recipe, tables = _plain_recipe(config), {}
-    interval = Interval(config["interval"])
+    recipe, tables, inputs = _plain_recipe(config, len(held)), {}, _inputs_of(config, feed, *held)
     for symbol, bars in held.items():
-        planned, table = _plan_symbol(config, feed, symbol, bars)
-        tables[symbol] = with_sigma(table, bars, interval, recipe.label)
+        planned, table = _plan_symbol(recipe, inputs, symbol, bars)
+        tables[symbol] = with_sigma(table, bars, inputs.interval, recipe.label)
         for plan in planned if "symbol" in recipe.scopes else []:
             rows = table[:0] if plan.skip_class else window_rows(table, plan.window, recipe)
             yield plan, rows
     if "pooled" in recipe.scopes and tables:
-        for window in run_windows(_inputs_of(config, feed), POOLED, recipe):
+        for window in run_windows(inputs, POOLED, recipe):
             panel = panel_of(tables.items(), window, recipe)
             yield plan_pooled(window, panel, recipe), panel.rows
 
@@ -355,7 +357,7 @@ def plan_run(
             held[symbol] = _planned_bars(config, feed, store, symbol)
         except SenseQuantError as error:
             refused[symbol] = str(error)
-    recipe, costs, total = _plain_recipe(config), {}, (0.0, 0.0)
+    recipe, costs, total = _plain_recipe(config, len(held)), {}, (0.0, 0.0)
     windows: list[PlannedWindow] = []
     for plan, rows in _plan_windows(config, feed, held):
         windows.append(plan)
@@ -769,12 +771,14 @@ def _stopped(run: Run, error: BaseException, asked: bool) -> tuple[Ended, str]:
 def count_windows(run: Run) -> int:  # of each training phase
     "How many windows a run will look at."
     config = run.artifacts.read_json("config.json")
-    recipe, pinned = recipe_of(config), run.artifacts.has("inputs.json")
+    pinned = run.artifacts.has("inputs.json")
     symbols = read_inputs(run).symbols if pinned else config["symbols"]
+    symbols = symbols or open_feed(config).symbols()
+    recipe = recipe_of(config, len(symbols))
     start, end = (date.fromisoformat(config[k]) for k in ("start", "end"))
     span = Inputs(start, end, Interval(config["interval"]), True, {}, None)
     each = len(run_windows(span, "", recipe))
-    models = {"symbol": len(symbols or open_feed(config).symbols()), "pooled": 1}
+    models = {"symbol": len(symbols), "pooled": 1}
     return each * sum(models[scope] for scope in recipe.scopes)
 
 # %% ../../nbs/9_ops/93_orchestrator.ipynb #77346db0
