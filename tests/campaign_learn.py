@@ -2,7 +2,7 @@
 
     python tests/campaign_learn.py markets --seeds 10 --signal 0      # nothing to find
     python tests/campaign_learn.py markets --seeds 4 --signal 0.05    # a planted signal
-    python tests/campaign_learn.py shift --shifts=-60,-20,130,250   # labels moved in a circle
+    python tests/campaign_learn.py shift --shifts=-60,-20,130,250    # labels moved in a circle
     python tests/campaign_learn.py faults                            # kills, a full disk, no device
 
 Nothing here passes or fails; it prints what was measured, for a person to read. The tests hold the
@@ -112,8 +112,8 @@ def shift(args: argparse.Namespace) -> None:
 
     Below 0 a row gets the label of a later day, which nobody can know once the horizon has passed.
     Above 0 it gets one of an earlier day: the features know it rightly while it lies within their
-    memory, so a shift of 20 finds far more than the planted signal. That is no leak; beyond 120
-    sessions they have forgotten.
+    memory of 60 bars, so a shift of 20 finds far more than the planted signal. That is no leak;
+    further back they have forgotten.
     """
     recipe = recipe_of(args.trees)
     spec = MarketSpec(args.symbols, FIRST, END, args.first_seed, args.signal, late_listing_frac=0.0)

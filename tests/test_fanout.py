@@ -159,7 +159,7 @@ def test_a_death_while_the_answer_is_pickled_does_not_hang():
     begun = time.monotonic()
     (outcome,) = fan_out(half_written, [1], backend="processes")
     assert not outcome.ok and "SIGKILL" in outcome.error
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 10
 
 
 def test_outcomes_come_before_the_last_item_is_done():
@@ -231,7 +231,7 @@ def test_leaving_early_kills_the_workers():
     first = next(stream)
     begun = time.monotonic()
     stream.close()
-    assert time.monotonic() - begun < 10 and gone_within([first.value], 5)
+    assert time.monotonic() - begun < 3 and gone_within([first.value], 1)
     left = {p for p in set(psutil.Process().children(recursive=True)) - before if p.is_running()}
     assert not [p for p in left if "popen_loky_posix" in " ".join(p.cmdline())]
 
@@ -243,7 +243,7 @@ def test_leaving_just_when_an_item_is_sent():
             next(stream)
         begun = time.monotonic()
         stream.close()
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - begun < 3
 
 
 def test_no_worker_is_left_after_a_whole_map():
@@ -380,7 +380,7 @@ def test_an_item_over_its_time_is_stopped_and_its_worker_goes_on(workers):
     assert late.detail["timeout_seconds"] == 2 and late.detail["stdout_tail"] == "waiting for 60\n"
     assert len(outcomes) == 4 and all(o.ok and o.tries == 1 for o in outcomes.values())
     assert len({o.value for o in outcomes.values()}) <= workers  # no other process was ended
-    assert time.monotonic() - begun < 50  # and not the 60 s of the late one
+    assert time.monotonic() - begun < 20
 
 
 def test_after_a_stopped_item_the_worker_has_a_fresh_process():
@@ -609,7 +609,7 @@ def test_leaving_a_map_on_dask_ends_it_everywhere(cluster, bounded, capfd):
     pids = [next(stream).value[0] for _ in range(4)]
     begun = time.monotonic()
     stream.close()
-    assert time.monotonic() - begun < 30 and gone_within(pids, 5)
+    assert time.monotonic() - begun < 10 and gone_within(pids, 2)
     (after,) = fan_out(hosted, [3], 1, "dask", rules=rules)  # and the cluster is free again
     assert after.value[3] == 9
     assert "ERROR" not in capfd.readouterr().err

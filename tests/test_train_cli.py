@@ -88,9 +88,9 @@ def test_the_tables_of_a_run_are_written_as_csv(finished_run, tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_phases_are_trained_one_by_one_and_the_run_can_go_on(tmp_path, monkeypatch):
-    "Six shares, so that both scopes have models: judged are those of all shares together."
+    "Six shares, so that both scopes have models and the default judges all shares together."
     monkeypatch.setenv("SENSEQUANT_HOME", str(tmp_path))
-    small = SMALL | {"sim_symbols": 6, "scope": "pooled", "ablation_windows": 4, "workers": 1}
+    small = SMALL | {"sim_symbols": 6, "ablation_windows": 4, "workers": 1}
     small |= {"feature_groups": "technical,regime", "teacher_n_estimators": 10}
     words = [w for k, v in small.items() for w in ("--set", f"{k}={v}")]
     done = invoke("train", "teacher", *words)

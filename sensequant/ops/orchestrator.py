@@ -91,6 +91,7 @@ from sensequant.learn.tables import (
     panel_of,
     plan_pooled,
     plan_symbol,
+    require_rankable,
     run_windows,
     table_names,
     window_rows,
@@ -231,7 +232,7 @@ def require_inputs(
     if unknown:
         fix = f"The feed has {len(held)} symbols: {', '.join(held[:8])}{' ...' * (len(held) > 8)}"
         raise DataError("each symbol must be in the feed", ", ".join(unknown[:8]), "symbols", fix)
-    judged_scope(config["scope"], len(config["symbols"] or held))
+    require_rankable(config["scope"], len(config["symbols"] or held))
     benchmark = config["benchmark"]
     if index_of(benchmark) and not (feed.remote or index_of(benchmark) in held):
         raise DataError("the feed must have the benchmark", "no such index", benchmark)
@@ -318,14 +319,6 @@ def _inputs_of(config: dict[str, Any], feed: Feed, *symbols: str) -> Inputs:
     listed = {s: feed.listed_on(s) for s in symbols}
     return Inputs(start, end, Interval(config["interval"]), feed.simulated, listed, None)
 
-
-def _plan_symbol(
-    recipe: Recipe, inputs: Inputs, symbol: str, bars: pd.DataFrame
-) -> tuple[list[PlannedWindow], pd.DataFrame]:  # windows by start, the symbol's table
-    "A symbol's windows, as phase 2 will plan them."
-    table = learning_table(bars, Context(inputs.interval), recipe)
-    return plan_symbol(inputs, symbol, table, recipe), table
-
 # %% ../../nbs/9_ops/93_orchestrator.ipynb #6ed1e8ca
 def _plan_windows(
     config: dict[str, Any], feed: Feed, held: dict[str, pd.DataFrame]
@@ -333,9 +326,11 @@ def _plan_windows(
     "The windows of each scope that will be trained, as phase 2 will plan them."
     recipe, tables, inputs = _plain_recipe(config, len(held)), {}, _inputs_of(config, feed, *held)
     for symbol, bars in held.items():
-        planned, table = _plan_symbol(recipe, inputs, symbol, bars)
+        table = learning_table(bars, Context(inputs.interval), recipe)
         tables[symbol] = with_sigma(table, bars, inputs.interval, recipe.label)
-        for plan in planned if "symbol" in recipe.scopes else []:
+        if "symbol" not in recipe.scopes:
+            continue
+        for plan in plan_symbol(inputs, symbol, table, recipe):
             rows = table[:0] if plan.skip_class else window_rows(table, plan.window, recipe)
             yield plan, rows
     if "pooled" in recipe.scopes and tables:
