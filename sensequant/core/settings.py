@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PREFIX', 'Day', 'Folder', 'SECRETS', 'project_root', 'env_file', 'MarketSettings', 'WindowSettings', 'LabelSettings',
            'FeatureSettings', 'BatchSettings', 'ModelSettings', 'JudgeSettings', 'FetchSettings', 'SentimentSettings',
-           'BookSettings', 'BrokerSettings', 'Settings', 'held_secrets', 'load_settings', 'describe_settings']
+           'CostSettings', 'TradingSettings', 'AccuracySettings', 'OptimizerSettings', 'GateSettings', 'BookSettings',
+           'BrokerSettings', 'Settings', 'held_secrets', 'load_settings', 'describe_settings']
 
 # %% ../../nbs/0_core/02_settings.ipynb #5219c963
 import difflib
@@ -289,6 +290,26 @@ class SentimentSettings(BaseModel):
     rss_urls: str = _word("", "addresses of RSS feeds with blanks between; {query} is filled in")
     headlines_csv: Path | None = _word(None, "CSV of headlines: symbol, timestamp, headline")
 
+# %% ../../nbs/0_core/02_settings.ipynb #9d4e9ccd
+class CostSettings(BaseModel):
+    "What a trade costs beside its price."
+
+# %% ../../nbs/0_core/02_settings.ipynb #49000237
+class TradingSettings(BaseModel):
+    "The account, its limits and the rules that trade it."
+
+# %% ../../nbs/0_core/02_settings.ipynb #0d22f14d
+class AccuracySettings(BaseModel):
+    "Prediction traces and what counts as right."
+
+# %% ../../nbs/0_core/02_settings.ipynb #ed9db068
+class OptimizerSettings(BaseModel):
+    "The search for better parameters of a rule."
+
+# %% ../../nbs/0_core/02_settings.ipynb #5c00eb84
+class GateSettings(BaseModel):
+    "The hold-out, the yearly error budget and what a pass needs."
+
 # %% ../../nbs/0_core/02_settings.ipynb #ea932187
 class BookSettings(BaseModel):
     "Order books: five levels of bids and offers."
@@ -327,6 +348,11 @@ class Settings(
     BookSettings,
     SentimentSettings,
     FetchSettings,
+    GateSettings,
+    OptimizerSettings,
+    AccuracySettings,
+    TradingSettings,
+    CostSettings,
     JudgeSettings,
     ModelSettings,
     BatchSettings,
