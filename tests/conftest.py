@@ -27,7 +27,8 @@ ROOT = Path(__file__).parents[1]
 MARKET = {"sim_symbols": 10, "signal_ic": 0.4, "start": "2023-01-02", "end": "2024-02-29"}
 WINDOWS = {"window_days": 90, "window_step_days": 90, "min_window_bars": 30}
 MODELS = {"teacher_n_estimators": 20, "teacher_learning_rate": 0.1}
-SMALL = MARKET | WINDOWS | MODELS | {"bootstrap_samples": 200, "min_oos_sessions": 60}
+JUDGE = {"bootstrap_samples": 200, "min_oos_sessions": 60, "holdout_sessions": 20}
+SMALL = MARKET | WINDOWS | MODELS | JUDGE
 SYMBOLS = ["SIM001", "SIM002", "SIM010"]
 
 

@@ -310,6 +310,10 @@ class OptimizerSettings(BaseModel):
 class GateSettings(BaseModel):
     "The hold-out, the yearly error budget and what a pass needs."
 
+    holdout_sessions: int = _number(
+        120, 0, 1000, "sessions", "newest ones, kept from training and choice; 0 cannot pass"
+    )
+
 # %% ../../nbs/0_core/02_settings.ipynb #ea932187
 class BookSettings(BaseModel):
     "Order books: five levels of bids and offers."

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SERIOUS', 'MAX_BENCHMARK_REJECTED_FRAC', 'Run', 'run_ids', 'open_run', 'Inputs', 'pin_bars', 'pinned_bars',
-           'pin_inputs', 'read_inputs', 'warm_start', 'actions_file', 'pin_run', 'reject_counts', 'index_of',
-           'ingest_benchmark', 'pin_benchmark', 'benchmark_returns', 'pin_sources']
+           'pin_inputs', 'read_inputs', 'holdout_start', 'holdout_view', 'warm_start', 'actions_file', 'pin_run',
+           'reject_counts', 'index_of', 'ingest_benchmark', 'pin_benchmark', 'benchmark_returns', 'pin_sources']
 
 # %% ../../nbs/2_data/29_runs.ipynb #39248a9a
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 from ..core.artifacts import Artifacts
-from ..core.errors import DataError
+from ..core.errors import DataError, GateError, SettingsError
 from ..core.events import EventLog
 from ..core.settings import Settings, load_settings
 from ..core.state import State
@@ -45,6 +45,7 @@ class Run:
 
     run_id: str  # live_candidate_YYYYMMDD_HHMMSS
     home: Path  # folder that holds data, runs and reports
+    opened: bool = False  # True for a view that reads the hold-out too
 
     @property
     def folder(self) -> Path:
@@ -70,6 +71,10 @@ class Run:
     def state(self) -> State:
         "What the house remembers of this and every other run."
         return State(self.home / "data" / "state" / "sensequant.db")
+
+    def pinned(self, path: str) -> str:
+        "Where this view finds what was pinned as `path`."
+        return f"holdout/{path}" if self.opened else path
 
 # %% ../../nbs/2_data/29_runs.ipynb #aacbe572
 def run_ids(
@@ -98,11 +103,12 @@ class Inputs:
     "What a run reads, without a path or a time, so that equal inputs are equal files."
 
     start: date  # first day of the windows
-    end: date  # last day of the bars
+    end: date  # last day of the bars, the hold-out apart
     interval: Interval
     simulated: bool  # True when no market ever traded these bars
     listed_on: dict[str, date | None]  # usable symbols, sorted, and their first trading day
     benchmark: str | None  # name of the pinned benchmark, None for the equal-weight universe
+    holdout: date | None = None  # first session of the hold-out, None where nothing is held out
 
     @property
     def symbols(self) -> tuple[str, ...]:
@@ -115,7 +121,8 @@ def _inputs(raw: dict[str, Any]) -> Inputs:
     days = {s: date.fromisoformat(d) if d else None for s, d in sorted(raw["listed_on"].items())}
     start, end = date.fromisoformat(raw["start"]), date.fromisoformat(raw["end"])
     fixed = (Interval(raw["interval"]), raw["simulated"], days, raw["benchmark"])
-    return Inputs(start, end, *fixed)
+    held_out = raw.get("holdout")
+    return Inputs(start, end, *fixed, date.fromisoformat(held_out) if held_out else None)
 
 # %% ../../nbs/2_data/29_runs.ipynb #18879d1f
 def pin_bars(
@@ -124,7 +131,7 @@ def pin_bars(
     bars: pd.DataFrame,  # its bars from the warm-up to the end
 ) -> str:  # hash of the bars, whatever the file format
     "Copy a symbol's bars into the run."
-    run.artifacts.write_parquet(f"bars/{symbol}.parquet", check_bars(bars, symbol))
+    run.artifacts.write_parquet(run.pinned(f"bars/{symbol}.parquet"), check_bars(bars, symbol))
     return hash_bars(bars)
 
 
@@ -133,7 +140,7 @@ def pinned_bars(
     symbol: str,  # one of `inputs(run).symbols`
 ) -> pd.DataFrame:  # bars, checked against the hash on record
     "The bars of a symbol as this run saw them."
-    return check_bars(run.artifacts.read_parquet(f"bars/{symbol}.parquet"), symbol)
+    return check_bars(run.artifacts.read_parquet(run.pinned(f"bars/{symbol}.parquet")), symbol)
 
 
 def pin_inputs(
@@ -141,14 +148,41 @@ def pin_inputs(
     inputs: Inputs,
 ) -> None:
     "Write down what the run reads."
-    run.artifacts.write_json("inputs.json", inputs)
+    run.artifacts.write_json(run.pinned("inputs.json"), inputs)
 
 # %% ../../nbs/2_data/29_runs.ipynb #d943e465
 def read_inputs(
     run: Run,
 ) -> Inputs:
     "What the run reads, as phase 1 wrote it."
-    return _inputs(run.artifacts.read_json("inputs.json"))
+    return _inputs(run.artifacts.read_json(run.pinned("inputs.json")))
+
+# %% ../../nbs/2_data/29_runs.ipynb #1a0ee2f2
+def holdout_start(
+    last: date,  # newest session of the bars
+    n_sessions: int,  # kept out, 0 for none
+    start: date,  # first day of the windows
+) -> date | None:  # first session of the hold-out
+    "Where the hold-out begins; refuses one that leaves nothing to learn from."
+    if not n_sessions:
+        return None
+    days = sessions(start, last)
+    if len(days) < 2 * n_sessions:
+        must = f"at least as many sessions as the hold-out's {n_sessions} must lie before it"
+        fix = "Take a longer range or fewer holdout_sessions; without a hold-out nothing can pass"
+        found = f"{max(len(days) - n_sessions, 0)} of {len(days)} from {start} to {last}"
+        raise SettingsError(must, found, "holdout_sessions", fix)
+    return days[-n_sessions].date()
+
+
+def holdout_view(
+    run: Run,
+) -> Run:  # the same run, with bars and context to the end
+    "The run as the gate sees it, once it may open the hold-out."
+    if read_inputs(run).holdout is None:
+        fix = "Begin a run with holdout_sessions above 0"
+        raise GateError("a run must hold sessions out", "none", run.run_id, fix)
+    return replace(run, opened=True)
 
 # %% ../../nbs/2_data/29_runs.ipynb #3896a265
 def warm_start(
@@ -175,10 +209,24 @@ def actions_file(
     return home / "data" / "corporate_actions.csv"
 
 
-def _pin_symbols(run: Run, store: BarStore, ingested: IngestResult) -> None:
+def _pin_views(run: Run, symbol: str, bars: pd.DataFrame, holdout: date | None) -> bool:
+    "Pin a symbol's bars, for the view that reads the hold-out too; False without one before it."
+    if holdout is None:
+        pin_bars(run, symbol, bars)
+        return True
+    before = between(bars, None, holdout - timedelta(days=1))
+    if len(before):
+        pin_bars(run, symbol, before)
+        pin_bars(replace(run, opened=True), symbol, bars)
+    return len(before) > 0
+
+
+def _pin_symbols(
+    run: Run, store: BarStore, ingested: IngestResult, holdout: date | None
+) -> list[str]:  # those with bars before the hold-out
     "Pin the bars of each usable symbol, corporate actions applied, and say which were."
     span, table = ingested.span, read_actions(actions_file(run.home))
-    applied = []
+    applied, pinned = [], []
     for found in ingested.coverages:
         raw = store.read(ingested.source, found.symbol, span.interval, span.start, span.end)
         if hash_bars(raw) != found.sha256:
@@ -187,10 +235,16 @@ def _pin_symbols(run: Run, store: BarStore, ingested: IngestResult) -> None:
                 "the store must hold what was ingested", "other bars", found.symbol, fix
             )
         actions = actions_for(table, found.symbol, ingested.source)
-        pin_bars(run, found.symbol, adjust(raw, actions, as_of=span.end))
+        bars = adjust(raw, actions, as_of=span.end)
+        if _pin_views(run, found.symbol, bars, holdout):
+            pinned.append(found.symbol)
+        else:
+            words = f"not used: its first bar lies in the hold-out, which begins {holdout}"
+            run.events.emit("warning", phase="1_ingest", symbol=found.symbol, message=words)
         days = pd.to_datetime(actions["ex_date"]).dt.date
         applied += actions[(days > raw.index[0].date()) & (days <= span.end)].to_dict("records")
     run.artifacts.write_json("actions.json", {"applied": applied})
+    return pinned
 
 # %% ../../nbs/2_data/29_runs.ipynb #32b3d912
 SERIOUS = ("fallback", "damaged")  # kinds of notices that a reader of the run must see
@@ -211,20 +265,26 @@ def pin_run(
     ingested: IngestResult,
     start: date,  # first day of the windows
     benchmark: Path | str | None = None,  # CSV or name of an index, None for the universe
-) -> Inputs:
+    holdout_sessions: int = 0,  # newest ones, kept from phases 2 to 4
+) -> Inputs:  # without the hold-out
     "Pin the bars of every usable symbol, the benchmark and the coverage report."
     span = ingested.span
-    listed = {c.symbol: c.listed_on for c in ingested.coverages}
+    last = max((c.last.date() for c in ingested.coverages if c.last is not None), default=span.end)
+    holdout = holdout_start(last, holdout_sessions, start) if ingested.coverages else None
+    names = _pin_symbols(run, store, ingested, holdout)
+    listed = {c.symbol: c.listed_on for c in ingested.coverages if c.symbol in names}
     if not listed:
         first = next((r for r in ingested.results if r.reason), None)
         why = f"{first.symbol}: {first.reason}" if first else "nothing was asked for"
         raise DataError(
             "at least one symbol must be usable", f"none of {len(ingested.results)}", why
         )
-    _pin_symbols(run, store, ingested)
-    name = pin_benchmark(run, benchmark, ingested, store) if benchmark else None
-    inputs = Inputs(start, span.end, span.interval, ingested.simulated, listed, name)
+    name = pin_benchmark(run, benchmark, ingested, store, holdout) if benchmark else None
+    whole = Inputs(start, span.end, span.interval, ingested.simulated, listed, name, holdout)
+    inputs = replace(whole, end=holdout - timedelta(days=1)) if holdout else whole
     pin_inputs(run, inputs)
+    if holdout:
+        pin_inputs(replace(run, opened=True), whole)
     run.artifacts.write_json("coverage.json", ingested.report())
     _warn(run, ingested)
     _remember(run, ingested)
@@ -285,13 +345,17 @@ def pin_benchmark(
     benchmark: Path | str,  # CSV of daily index bars, or an index that is in the store
     ingested: IngestResult,
     store: BarStore,
+    holdout: date | None = None,  # first session of the hold-out
 ) -> str:  # its name: the index's, or the file's without endings
     "Copy the benchmark into the run."
     name, bars = _benchmark_bars(benchmark, ingested, store)
     if len(bars) < 2:
         found = f"{len(bars)} from {ingested.span.start} to {ingested.span.end}"
         raise DataError("a benchmark needs bars in the run's range", found, benchmark)
-    run.artifacts.write_parquet("benchmark.parquet", bars)
+    before = between(bars, None, holdout - timedelta(days=1)) if holdout else bars
+    run.artifacts.write_parquet("benchmark.parquet", before)
+    if holdout:
+        run.artifacts.write_parquet(replace(run, opened=True).pinned("benchmark.parquet"), bars)
     return name
 
 # %% ../../nbs/2_data/29_runs.ipynb #4f22036e
@@ -303,7 +367,7 @@ def benchmark_returns(
     "What the pinned benchmark made each session."
     if read_inputs(run).benchmark is None:
         return None
-    close = run.artifacts.read_parquet("benchmark.parquet")["close"]
+    close = run.artifacts.read_parquet(run.pinned("benchmark.parquet"))["close"]
     every = close.reindex(sessions(close.index[0], close.index[-1]))
     return every.pct_change(fill_method=None).dropna()
 

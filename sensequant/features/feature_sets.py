@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'CALENDAR', 'INDEX_FILE', 'Pinned', 'parse_groups', 'Context', 'make_features', 'group_of', 'feature_names',
-           'feature_set', 'warmup_bars', 'required_columns', 'pin_context', 'warn_of_context', 'pinned_context']
+           'feature_set', 'warmup_bars', 'required_columns', 'pin_context', 'pin_contexts', 'warn_of_context',
+           'pinned_context']
 
 # %% ../../nbs/3_features/37_feature_sets.ipynb #323a892b
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from ..core.artifacts import parquet_bytes
 from ..core.errors import DataError, SettingsError
 from ..core.types import IST, LABEL_COLUMNS, Interval
 from ..data.books import BookStore
-from ..data.runs import Inputs, Run, pinned_bars, read_inputs
+from ..data.runs import Inputs, Run, holdout_view, pinned_bars, read_inputs
 from ..data.sentiment import SnapshotStore
 from sensequant.features.context import (
     MARKET,
@@ -209,7 +210,7 @@ def _pin_market(run: Run, inputs: Inputs) -> Pinned:
         level, source = equal_weight(closes).to_frame(), f"equal weight of {len(closes)} symbols"
         note = "one symbol is no market: the group repeats its bars" if len(closes) == 1 else ""
     else:
-        level = run.artifacts.read_parquet("benchmark.parquet")[["close"]]
+        level = run.artifacts.read_parquet(run.pinned("benchmark.parquet"))[["close"]]
     return {INDEX_FILE: level}, {"source": source, "rows": len(level), "note": note}
 
 
@@ -247,6 +248,8 @@ def _pin_user(inputs: Inputs, prefix: str, path: Path | None) -> Pinned:
         note = f"{prefix} is on, but the setting {prefix}_csv names no file"
         return {rel: never}, {"source": "none", "rows": 0, "note": note}
     table, note = read_user_table(path, prefix), ""
+    known = table["available_at"] < pd.Timestamp(inputs.end, tz=IST) + pd.Timedelta(1, "D")
+    table = table[known].reset_index(drop=True)  # what comes later is for no row of this view
     if "symbol" in table:
         table = table[table["symbol"].isin(inputs.symbols)].reset_index(drop=True)
         note = _told("", {s: table[table["symbol"] == s] for s in inputs.symbols})["note"]
@@ -273,8 +276,23 @@ def pin_context(
     made = {g: pins[g]() for g in parse_groups(",".join(groups)) if g in pins}
     tables = {rel: table for pinned, _ in made.values() for rel, table in pinned.items()}
     if tables:
-        run.artifacts.write_all({rel: parquet_bytes(t) for rel, t in tables.items()})
+        run.artifacts.write_all({run.pinned(p): parquet_bytes(t) for p, t in tables.items()})
     return {group: told for group, (_, told) in made.items()}
+
+
+def pin_contexts(
+    run: Run,  # its bars and benchmark pinned
+    groups: Sequence[str],  # those that are on
+    options_csv: Path | str | None = None,
+    macro_csv: Path | str | None = None,
+) -> dict[str, dict[str, Any]]:  # as `pin_context`, of what comes before the hold-out
+    "The same for both views of a run, the one that reads the hold-out last."
+    inputs = read_inputs(run)
+    told = pin_context(run, inputs, groups, options_csv, macro_csv)
+    if inputs.holdout:
+        view = holdout_view(run)
+        pin_context(view, read_inputs(view), groups, options_csv, macro_csv)
+    return told
 
 # %% ../../nbs/3_features/37_feature_sets.ipynb #45ea1a2a
 def warn_of_context(
@@ -294,9 +312,14 @@ def _in_ist(table: pd.DataFrame, column: str) -> pd.DataFrame:
     return table.assign(**{column: table[column].dt.tz_convert(IST)})
 
 
+def _read(run: Run, path: str) -> pd.DataFrame:
+    "What this view of the run has pinned as `path`."
+    return run.artifacts.read_parquet(run.pinned(path))
+
+
 def _pinned_user(run: Run, prefix: str, symbol: str) -> pd.DataFrame | None:
     "A user's table, None where no file was given; for options the rows of one symbol."
-    table = _in_ist(run.artifacts.read_parquet(f"context/{prefix}.parquet"), "available_at")
+    table = _in_ist(_read(run, f"context/{prefix}.parquet"), "available_at")
     if table.columns.tolist() == ["available_at"]:
         return None
     return table[table["symbol"] == symbol] if "symbol" in table else table
@@ -308,16 +331,16 @@ def pinned_context(
     groups: Sequence[str],  # those that are on, as they were pinned
 ) -> Context:
     "What surrounds a symbol, as this run saw it; checked against the hashes on record."
-    inputs, read = read_inputs(run), run.artifacts.read_parquet
+    inputs = read_inputs(run)
     if symbol not in inputs.listed_on:
         raise DataError("a symbol must be one of the run's", symbol, run.run_id)
     on: dict[str, Any] = {"interval": inputs.interval, "listed_on": inputs.listed_on[symbol]}
     if "market" in groups:
-        level = read(INDEX_FILE)["close"]
+        level = _read(run, INDEX_FILE)["close"]
         on["index_close"] = level.set_axis(pd.DatetimeIndex(level.index).tz_convert(IST))
     if "order_book" in groups:
-        on["books"] = _in_ist(read(f"context/books/{symbol}.parquet"), "ts").set_index("ts")
+        on["books"] = _in_ist(_read(run, f"context/books/{symbol}.parquet"), "ts").set_index("ts")
     if "sentiment" in groups:
-        on["sentiment"] = _in_ist(read(f"context/sentiment/{symbol}.parquet"), "available_at")
+        on["sentiment"] = _in_ist(_read(run, f"context/sentiment/{symbol}.parquet"), "available_at")
     on |= {p: _pinned_user(run, p, symbol) for p in USER_TABLES if p in groups}
     return Context(**on)

@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -55,7 +55,7 @@ from sensequant.core.settings import (
 )
 from ..core.state import State
 from ..core.types import Feed, Interval
-from ..data.bars import BarStore
+from ..data.bars import BarStore, between
 from ..data.coverage import Span
 from ..data.feeds import INDEX_CODES, make_feed
 from ..data.ingest import too_many_rejected
@@ -63,6 +63,7 @@ from sensequant.data.runs import (
     Inputs,
     Run,
     _artifacts,
+    holdout_start,
     index_of,
     open_run,
     read_inputs,
@@ -132,6 +133,7 @@ _PINNED = (  # the last one only if asked for
     "sources.json",
     "benchmark.",
     "context/",
+    "holdout/",
 )
 _TAUGHT = ("teacher/", "teacher_runs.", "recipe.")
 _LEARNED = ("student/", "student_runs.")
@@ -313,18 +315,25 @@ def _asked_of(recipe: Recipe, pooled: bool) -> Recipe:
     return replace(recipe, teacher=asked)
 
 
-def _inputs_of(config: dict[str, Any], feed: Feed, *symbols: str) -> Inputs:
+def _inputs_of(
+    config: dict[str, Any], feed: Feed, held: dict[str, pd.DataFrame]
+) -> tuple[Inputs, dict[str, pd.DataFrame]]:  # and the bars before the hold-out
     "What the run would read."
     start, end = (date.fromisoformat(config[k]) for k in ("start", "end"))
-    listed = {s: feed.listed_on(s) for s in symbols}
-    return Inputs(start, end, Interval(config["interval"]), feed.simulated, listed, None)
+    last = max((bars.index[-1].date() for bars in held.values()), default=end)
+    holdout = holdout_start(last, config["holdout_sessions"], start) if held else None
+    before = holdout - timedelta(days=1) if holdout else end
+    cut = {s: b for s, bars in held.items() if len(b := between(bars, None, before))}
+    listed = {s: feed.listed_on(s) for s in cut}
+    known = (start, before, Interval(config["interval"]), feed.simulated, listed, None, holdout)
+    return Inputs(*known), cut
 
 # %% ../../nbs/9_ops/93_orchestrator.ipynb #6ed1e8ca
 def _plan_windows(
-    config: dict[str, Any], feed: Feed, held: dict[str, pd.DataFrame]
+    config: dict[str, Any], inputs: Inputs, held: dict[str, pd.DataFrame]
 ) -> Iterator[tuple[PlannedWindow, pd.DataFrame]]:  # and its rows, none when it is skipped
     "The windows of each scope that will be trained, as phase 2 will plan them."
-    recipe, tables, inputs = _plain_recipe(config, len(held)), {}, _inputs_of(config, feed, *held)
+    recipe, tables = _plain_recipe(config, len(held)), {}
     for symbol, bars in held.items():
         table = learning_table(bars, Context(inputs.interval), recipe)
         tables[symbol] = with_sigma(table, bars, inputs.interval, recipe.label)
@@ -352,9 +361,12 @@ def plan_run(
             held[symbol] = _planned_bars(config, feed, store, symbol)
         except SenseQuantError as error:
             refused[symbol] = str(error)
-    recipe, costs, total = _plain_recipe(config, len(held)), {}, (0.0, 0.0)
+    inputs, cut = _inputs_of(config, feed, held)
+    late = f"its first bar lies in the hold-out, which begins {inputs.holdout}"
+    refused |= dict.fromkeys(held.keys() - cut.keys(), late)
+    recipe, costs, total = _plain_recipe(config, len(cut)), {}, (0.0, 0.0)
     windows: list[PlannedWindow] = []
-    for plan, rows in _plan_windows(config, feed, held):
+    for plan, rows in _plan_windows(config, inputs, cut):
         windows.append(plan)
         if plan.skip_class is None:
             pooled = "target" in rows
@@ -363,7 +375,7 @@ def plan_run(
             total = (total[0] + costs[pooled][0], total[1] + costs[pooled][1])
     windows.sort(key=lambda p: (p.window.symbol, p.window.start, p.window.end))
     seconds = total[0] / min(config["workers"], os.cpu_count() or 1)
-    return Plan(tuple(windows), sum(map(len, held.values())), refused, seconds, total[1])
+    return Plan(tuple(windows), sum(map(len, cut.values())), refused, seconds, total[1])
 
 # %% ../../nbs/9_ops/93_orchestrator.ipynb #44d9f963
 def state_of(home: Path) -> State:
@@ -764,16 +776,19 @@ def _stopped(run: Run, error: BaseException, asked: bool) -> tuple[Ended, str]:
 
 # %% ../../nbs/9_ops/93_orchestrator.ipynb #cf6eb7e7
 def count_windows(run: Run) -> int:  # of each training phase
-    "How many windows a run will look at."
+    "How many windows a run will look at; before its bars are pinned, as many as it asks for."
     config = run.artifacts.read_json("config.json")
     pinned = run.artifacts.has("inputs.json")
-    symbols = read_inputs(run).symbols if pinned else config["symbols"]
-    symbols = symbols or open_feed(config).symbols()
-    recipe = recipe_of(config, len(symbols))
-    start, end = (date.fromisoformat(config[k]) for k in ("start", "end"))
-    span = Inputs(start, end, Interval(config["interval"]), True, {}, None)
-    each = len(run_windows(span, "", recipe))
-    models = {"symbol": len(symbols), "pooled": 1}
+    if not pinned:
+        names = config["symbols"] or open_feed(config).symbols()
+        start, end = (date.fromisoformat(config[k]) for k in ("start", "end"))
+        holdout = holdout_start(end, config["holdout_sessions"], start)
+        last = holdout - timedelta(days=1) if holdout else end
+        rest = Interval(config["interval"]), True, dict.fromkeys(names), None, holdout
+    inputs = read_inputs(run) if pinned else Inputs(start, last, *rest)
+    recipe = recipe_of(config, len(inputs.symbols))
+    each = len(run_windows(inputs, "", recipe))
+    models = {"symbol": len(inputs.symbols), "pooled": 1}
     return each * sum(models[scope] for scope in recipe.scopes)
 
 # %% ../../nbs/9_ops/93_orchestrator.ipynb #77346db0
