@@ -167,7 +167,8 @@ def test_a_finished_run_has_its_files(finished_run):
         "ablation.json",
         "audit",
     }
-    named |= {"predictions.parquet", "validation_summary.json", "validation_summary.md", "bars"}
+    named |= {"predictions.parquet", "validation_summary.json", "validation_summary.md"}
+    named |= {"bars", "holdout"}
     named |= {"daily_returns.parquet", "stat_tests.json", "manifest.yaml", "teacher", "student"}
     assert {p.name for p in folder.iterdir()} == named | {
         "promotion_briefing.md",
@@ -312,7 +313,8 @@ def test_a_plan_refuses_what_the_run_would_refuse(tmp_path):
     (tmp_path / "GOOD.csv").write_text(good)
     (tmp_path / "BAD.csv").write_text(good.replace(",101,", ",98,", 50))
     (tmp_path / "OLD.csv").write_text(good[: good.index("2022-07-01")])
-    settings = {"csv_dir": tmp_path, "source": "csv", "start": "2023-01-02", "end": "2023-09-29"}
+    span = {"start": "2023-01-02", "end": "2023-09-29", "holdout_sessions": 20}
+    settings = span | {"csv_dir": tmp_path, "source": "csv"}
     config = run_config(load_settings(**settings), [])
     plan = plan_run(config, open_feed(config), tmp_path / "home")
     assert {p.window.symbol for p in plan.windows} == {"GOOD", "POOLED"}
