@@ -3754,8 +3754,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'sensequant/trading/strategies.py'),
                                                'sensequant.trading.strategies.latched': ( '4_trading/strategies.html#latched',
                                                                                           'sensequant/trading/strategies.py'),
-                                               'sensequant.trading.strategies.lay_out': ( '4_trading/strategies.html#lay_out',
-                                                                                          'sensequant/trading/strategies.py'),
                                                'sensequant.trading.strategies.lay_scores': ( '4_trading/strategies.html#lay_scores',
                                                                                              'sensequant/trading/strategies.py'),
                                                'sensequant.trading.strategies.make_strategies': ( '4_trading/strategies.html#make_strategies',
@@ -3776,5 +3774,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'sensequant/trading/strategies.py'),
                                                'sensequant.trading.strategies.sma': ( '4_trading/strategies.html#sma',
                                                                                       'sensequant/trading/strategies.py'),
+                                               'sensequant.trading.strategies.tuned': ( '4_trading/strategies.html#tuned',
+                                                                                        'sensequant/trading/strategies.py'),
                                                'sensequant.trading.strategies.unknown_name': ( '4_trading/strategies.html#unknown_name',
                                                                                                'sensequant/trading/strategies.py')}}}
