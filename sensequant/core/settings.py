@@ -294,9 +294,108 @@ class SentimentSettings(BaseModel):
 class CostSettings(BaseModel):
     "What a trade costs beside its price."
 
+    brokerage_delivery_frac: float = _number(
+        0.0007, 0, 0.025, "fraction", "brokerage on shares kept overnight"
+    )
+    brokerage_intraday_frac: float = _number(
+        0.00007, 0, 0.025, "fraction", "brokerage on shares bought and sold on one day"
+    )
+    brokerage_futures_frac: float = _number(
+        0.00007, 0, 0.025, "fraction", "brokerage on stock futures"
+    )
+    brokerage_max_inr: float = _number(
+        0.0, 0, 100_000, "INR", "most brokerage of an order; 0 for no maximum"
+    )
+    dp_charge_inr: float = _number(
+        20.0, 0, 1000, "INR", "a share sold from delivery on a day, before GST"
+    )
+    cash_transaction_frac: float = _number(
+        0.0, 0, 0.001, "fraction", "NSE's charge on shares; 0 takes the dated table"
+    )
+    slippage_fixed_bps: float = _number(0.0, 0, 500, "bps", "price lost by every market order")
+    slippage_spread_bps: float = _number(
+        5.0, 0, 500, "bps", "between bid and offer; a market order loses half of it"
+    )
+    slippage_impact_bps: float = _number(
+        140.0, 0, 10_000, "bps", "price lost if an order took a bar's whole volume; grows by root"
+    )
+    max_volume_frac: float = _number(
+        0.025, 1e-6, 1, "fraction", "most of a bar's volume that an order may take"
+    )
+    circuit_frac: float = _number(
+        0.20, 0, 1, "fraction", "price band around the last session's close; 0 for none"
+    )
+
 # %% ../../nbs/0_core/02_settings.ipynb #49000237
 class TradingSettings(BaseModel):
     "The account, its limits and the rules that trade it."
+
+    # account, sizes and limits
+    capital_inr: float = _number(100_000.0, 1, 1e9, "INR", "cash of the account at the start")
+    trade_product: Literal["delivery", "futures"] = _word(
+        "delivery",
+        "what is traded: shares, or stock futures, which alone can be short overnight",
+        "",
+        "delivery or futures",
+    )
+    futures_lot: int = _number(1, 1, 100_000, "shares", "that trade together in futures")
+    sizing: Literal["slots", "notional", "volatility", "kelly"] = _word(
+        "slots", "how the money of a position is found", "", "slots, notional, volatility or kelly"
+    )
+    n_slots: int = _number(0, 0, 10_000, "positions", "that share the account; 0 one a symbol")
+    notional_inr: float = _number(25_000.0, 1, 1e9, "INR", "size of a position by notional")
+    volatility_target_frac: float = _number(
+        0.0025, 1e-6, 1, "fraction", "of the equity: a position's daily swing, by volatility"
+    )
+    volatility_sessions: int = _number(20, 2, 500, "sessions", "that a share's swing is taken from")
+    kelly_frac: float = _number(0.5, 0.01, 1, "fraction", "of Kelly's bet that is made")
+    kelly_cap_frac: float = _number(0.25, 0.001, 1, "fraction", "of the equity: largest Kelly bet")
+    size_by_confidence: bool = _word(
+        False, "scale a position by its signal's confidence", "", "true or false"
+    )
+    max_exposure_inr: float = _number(
+        100_000.0, 0, 1e9, "INR", "most in the market at once; 0 no cap"
+    )
+    max_symbol_inr: float = _number(25_000.0, 0, 1e9, "INR", "most in one symbol; 0 no cap")
+    stop_frac: float = _number(0.02, 0, 0.9, "fraction", "loss that ends a trade; 0 no stop")
+    target_frac: float = _number(0.04, 0, 10, "fraction", "gain that ends a trade; 0 no target")
+    daily_loss_inr: float = _number(
+        5_000.0, 0, 1e9, "INR", "loss of a day, unrealised and charges included, that halts; 0 none"
+    )
+    reduce_at_frac: float = _number(
+        0.8, 0.01, 1, "fraction", "of the daily loss from which nothing is opened"
+    )
+
+    # rules of trade: when a share is wanted
+    swing_fast_sessions: int = _number(20, 2, 250, "sessions", "quick average of the SMA cross")
+    swing_slow_sessions: int = _number(50, 3, 500, "sessions", "slow average of the SMA cross")
+    swing_band_frac: float = _number(
+        0.0, 0, 0.2, "fraction", "gap of the averages below which a wish is kept"
+    )
+    swing_min_hold_sessions: int = _number(2, 0, 250, "sessions", "before a signal may sell")
+    swing_max_hold_sessions: int = _number(10, 0, 250, "sessions", "after which it sells; 0 never")
+    intraday_rsi_bars: int = _number(14, 2, 250, "bars", "span of the RSI")
+    intraday_ema_bars: int = _number(50, 2, 500, "bars", "span of the EMA")
+    intraday_oversold: float = _number(30.0, 0, 50, "RSI", "at or below it no new short")
+    intraday_overbought: float = _number(70.0, 50, 100, "RSI", "at or above it no new long")
+    intraday_last_entry: str = _word(
+        "1minute=15:15,5minute=15:00,15minute=14:45,30minute=14:15",
+        "IST; from a bar of this start on nothing is opened",
+    )
+    intraday_square_off: str = _word(
+        "1minute=15:29,5minute=15:20,15minute=15:15,30minute=15:15",
+        "IST; the bar of this start closes what is open at its open",
+    )
+    sentiment_block: float = _number(
+        0.3, 0, 1, "score", "no buys below minus this, no shorts above it"
+    )
+    sentiment_boost_from: float = _number(
+        0.5, 0, 1, "score", "beyond it sentiment on the trade's side adds confidence"
+    )
+    sentiment_boost_times: float = _number(1.2, 1, 5, "times", "what it adds, up to a whole 1")
+    both_swing_share: float = _number(
+        0.5, 0.01, 0.99, "fraction", "capital of the swing book when both rules trade"
+    )
 
 # %% ../../nbs/0_core/02_settings.ipynb #0d22f14d
 class AccuracySettings(BaseModel):
