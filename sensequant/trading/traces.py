@@ -334,7 +334,7 @@ def _parsed(data: bytes, path: Path) -> pd.DataFrame:
         table = pa_csv.read_csv(io.BytesIO(data), convert_options=convert)
     except pa.ArrowInvalid as error:
         raise DataError("a line of traces must hold their columns", error, path) from error
-    words = {c: _DIRECTIONS for c in ("predicted_direction", "actual_direction")}
+    words = dict.fromkeys(("predicted_direction", "actual_direction"), _DIRECTIONS)
     return table.to_pandas().astype(words)
 
 # %% ../../nbs/4_trading/46_traces.ipynb #03b450df
