@@ -375,19 +375,17 @@ NULLS = ("null", "fitted", "bootstrap", "shifted")
 
 def read_campaign(
     folder: Path,
-) -> dict[str, Any]:  # `summary`, and `bound` as it was written down
-    "A finished campaign; refuses one that lacks answers."
+) -> dict[str, Any]:  # `summary`, `bound`, and `missing`: how many markets have no answer
+    "A campaign as far as it has come."
     path = folder / ABOUT
     if not path.is_file():
         raise DataError("a folder must hold a campaign", f"no {ABOUT}", folder)
-    about = json.loads(path.read_text("utf-8"))
+    about, held = json.loads(path.read_text("utf-8")), read_answers(folder)
     first, n = about["first_seed"], max(about["asked"])
-    held = read_answers(folder)
-    broken = [s for s in range(first, first + n) if s not in held or held[s].error]
-    if broken:
-        raise GateError(f"all {n} markets must have an answer", f"{len(broken)} have none", folder)
-    answers = [held[s] for s in range(first, first + n)]
-    return {"summary": summarise(about, answers, len(about["asked"])), "bound": about["bound"]}
+    asked = [held[s] for s in range(first, first + n) if s in held]
+    missing = n - sum(a.error is None for a in asked)
+    summary = summarise(about, asked, len(about["asked"]))
+    return {"summary": summary, "bound": about["bound"], "missing": missing}
 
 # %% ../../nbs/6_backtest/68_certificate.ipynb #875bf2dd
 def make_certificate(
@@ -396,6 +394,12 @@ def make_certificate(
 ) -> dict[str, Any]:  # ready for JSON
     "What a gate may say of itself; refuses one that promoted too often."
     held = [read_campaign(f) for f in folders]
+    for folder, one in zip(folders, held, strict=True):
+        if one["missing"]:
+            found = f"{one['missing']} have none"
+            raise GateError(
+                "every market must have an answer", found, folder, "Go on with it first"
+            )
     for other in held[1:]:
         if apart := _bound(held[0]).differences(_bound(other)):
             raise GateError("all campaigns must be of one gate", "; ".join(apart[:3]), folders)
