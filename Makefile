@@ -17,6 +17,7 @@ export PYTHONUTF8 := 1
 SIGNAL_IC ?=
 ARGS ?=
 FAST ?=
+CALIBRATE ?=
 RUN ?= latest
 
 help:  ## what can be made
@@ -51,5 +52,5 @@ export: $(STAMP)  ## clean the notebooks and write the package and README.md fro
 report: $(STAMP)  ## pages of a run made anew: make report RUN=live_candidate_...
 	@$(SENSEQUANT) report $(RUN)
 
-bench: $(STAMP)  ## speed, as ratios measured in one run
-	@$(PY) tests/bench.py
+bench: $(STAMP)  ## speed, as ratios measured in one run; CALIBRATE=1 the gate on empty markets, hours
+	@$(if $(CALIBRATE),$(SENSEQUANT) calibrate --replications 400 $(ARGS),$(PY) tests/bench.py)

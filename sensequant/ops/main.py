@@ -9,6 +9,7 @@ __all__ = ['main']
 import sys
 
 from .broker_cli import breeze, sandbox
+from .calibrate_cli import calibrate
 from .cli import app
 from .collect_cli import books, sentiment
 from .data_cli import data
@@ -27,6 +28,7 @@ app.command()(export)
 app.add_typer(train, name="train")
 app.add_typer(check, name="check")
 app.add_typer(bench, name="bench")
+app.command()(calibrate)
 
 # %% ../../nbs/9_ops/999_main.ipynb #c2f104de
 def main() -> None:
