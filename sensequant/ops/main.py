@@ -23,12 +23,12 @@ app.add_typer(data, name="data")
 app.add_typer(breeze, name="breeze")
 app.command()(sandbox)
 app.command()(report)
+app.command()(calibrate)
 app.command()(devices)
 app.command()(export)
 app.add_typer(train, name="train")
 app.add_typer(check, name="check")
 app.add_typer(bench, name="bench")
-app.command()(calibrate)
 
 # %% ../../nbs/9_ops/999_main.ipynb #c2f104de
 def main() -> None:
