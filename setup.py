@@ -30,7 +30,7 @@ setup(
     keywords=meta["keywords"],
     python_requires=f">={meta['min_python']}",
     packages=find_packages(include=["sensequant*"]),
-    package_data={"sensequant": ["py.typed", "market/facts/*.csv", "backtest/facts/*.json"]},
+    package_data={"sensequant": ["py.typed", "market/facts/*.csv", "govern/facts/*.json"]},
     install_requires=lines("requirements"),
     extras_require={name: lines(f"{name}_requirements") for name in ("dask", "research", "dev")},
     entry_points={"console_scripts": lines("console_scripts")},

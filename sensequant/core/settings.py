@@ -240,7 +240,13 @@ class JudgeSettings(BaseModel):
 
     entry_score: float = _number(0.10, -1, 1, "score", "buy above this P(LONG) - P(SHORT)")
     exit_score: float = _number(0.0, -1, 1, "score", "sell below this P(LONG) - P(SHORT)")
-    cost_bps_per_side: float = _number(12.0, 0, 500, "bps", "charges and slippage of a trade")
+    pooled_entry_score: float = _number(
+        0.9, -1, 1, "rank score", "the same where one model ranks all symbols from -1 to 1"
+    )
+    pooled_exit_score: float = _number(-0.5, -1, 1, "rank score", "sell below this rank score")
+    judge_capital_inr: float = _number(
+        10_000_000.0, 100_000, 1e9, "INR", "cash of the account that the evidence is made with"
+    )
     bootstrap_samples: int = _number(2000, 100, 100_000, "samples", "stationary bootstrap")
     confidence: float = _number(0.95, 0.5, 0.999, "fraction", "coverage of each interval")
     min_oos_sessions: int = _number(250, 30, 10_000, "sessions", "out-of-sample days a pass needs")
@@ -587,9 +593,11 @@ def _refuse_order(settings: Settings) -> None:
     if settings.end < settings.start:
         must = f"end must not lie before start {settings.start}"
         raise SettingsError(must, settings.end, "end", "Swap the two dates or move one")
-    if settings.exit_score > settings.entry_score:
-        must = f"exit_score must not lie above entry_score {settings.entry_score:g}"
-        raise SettingsError(must, settings.exit_score, "exit_score")
+    for scope in ("", "pooled_"):
+        low, high = (getattr(settings, f"{scope}{side}_score") for side in ("exit", "entry"))
+        if low > high:
+            must = f"{scope}exit_score must not lie above {scope}entry_score {high:g}"
+            raise SettingsError(must, low, f"{scope}exit_score")
 
 
 def load_settings(

@@ -109,6 +109,7 @@ class Inputs:
     listed_on: dict[str, date | None]  # usable symbols, sorted, and their first trading day
     benchmark: str | None  # name of the pinned benchmark, None for the equal-weight universe
     holdout: date | None = None  # first session of the hold-out, None where nothing is held out
+    feed: str = ""  # name of the feed the bars came from
 
     @property
     def symbols(self) -> tuple[str, ...]:
@@ -122,7 +123,8 @@ def _inputs(raw: dict[str, Any]) -> Inputs:
     start, end = date.fromisoformat(raw["start"]), date.fromisoformat(raw["end"])
     fixed = (Interval(raw["interval"]), raw["simulated"], days, raw["benchmark"])
     held_out = raw.get("holdout")
-    return Inputs(start, end, *fixed, date.fromisoformat(held_out) if held_out else None)
+    first_held_out = date.fromisoformat(held_out) if held_out else None
+    return Inputs(start, end, *fixed, first_held_out, raw.get("feed", ""))
 
 # %% ../../nbs/2_data/29_runs.ipynb #18879d1f
 def pin_bars(
@@ -169,7 +171,7 @@ def holdout_start(
     days = sessions(start, last)
     if len(days) < 2 * n_sessions:
         must = f"at least as many sessions as the hold-out's {n_sessions} must lie before it"
-        fix = "Take a longer range or fewer holdout_sessions; without a hold-out nothing can pass"
+        fix = "Take a longer range or fewer holdout_sessions"
         found = f"{max(len(days) - n_sessions, 0)} of {len(days)} from {start} to {last}"
         raise SettingsError(must, found, "holdout_sessions", fix)
     return days[-n_sessions].date()
@@ -280,7 +282,8 @@ def pin_run(
             "at least one symbol must be usable", f"none of {len(ingested.results)}", why
         )
     name = pin_benchmark(run, benchmark, ingested, store, holdout) if benchmark else None
-    whole = Inputs(start, span.end, span.interval, ingested.simulated, listed, name, holdout)
+    kind = (span.interval, ingested.simulated, listed, name, holdout, ingested.source)
+    whole = Inputs(start, span.end, *kind)
     inputs = replace(whole, end=holdout - timedelta(days=1)) if holdout else whole
     pin_inputs(run, inputs)
     if holdout:

@@ -5,18 +5,22 @@ predictions made again, and the statistics' returns recomputed."""
 
 # %% auto #0
 __all__ = ['RESCORED', 'RISK_TEXT', 'RISK_COLUMNS', 'check_files', 'check_windows', 'check_lineage', 'check_rescore',
-           'check_returns', 'audit_checks', 'risk_register', 'summary_text', 'audit_run', 'check_table']
+           'check_returns', 'check_features', 'audit_checks', 'risk_register', 'summary_text', 'audit_run',
+           'check_table']
 
 # %% ../../nbs/7_govern/72_audit.ipynb #3b4e1af5
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ..backtest.backtester import LongFlatRule, long_flat
 from ..backtest.gate import Check
 from ..core.errors import DataError
 from ..data.runs import Run, pinned_bars, read_inputs
+from ..features.feature_sets import make_features, pinned_context, warmup_bars
+from ..features.lookahead import check_context, check_lookahead
+from .validation import rule_from, trade
 from ..learn.predictions import predict_pooled, predict_symbol
 from sensequant.learn.records import (
     WindowRecord,
@@ -105,14 +109,36 @@ def check_returns(
     stats: dict[str, Any],  # stat_tests.json
 ) -> Check:
     "The returns behind the statistics follow from the predictions, the bars and the rule."
-    bars = {s: pinned_bars(run, s) for s in predictions["symbol"].unique()}
-    again = long_flat(predictions, bars, LongFlatRule(**stats["rule"]))
+    again = trade(run, predictions, rule_from(stats["rule"])).daily
     held = run.artifacts.read_parquet("daily_returns.parquet")
     same = again["net_return"].equals(held["net_return"]) and len(held) == stats["n_sessions"]
     found = f"{len(again)} sessions recomputed, {'the same' if same else 'not the same'}"
     return Check(
         "returns", "daily returns must follow from predictions, bars and rule", found, same
     )
+
+# %% ../../nbs/7_govern/72_audit.ipynb #48d27028
+def check_features(
+    run: Run,
+    recipe: Recipe,
+    sample: int = 2,  # symbols, spread over the alphabet
+) -> Check:
+    "The features that are switched on are blind to the future, on the run's own bars."
+    inputs, groups = read_inputs(run), recipe.groups
+    names, warm = inputs.symbols, warmup_bars(groups, inputs.interval)
+    chosen = {names[k] for k in np.linspace(0, len(names) - 1, sample).astype(int)}
+    tried, bad = 0, []
+    for symbol in sorted(chosen):
+        bars, context = pinned_bars(run, symbol), pinned_context(run, symbol, groups)
+        if len(bars) < warm + 10:
+            continue
+        made = partial(make_features, context=context, groups=groups)
+        found = check_lookahead(made, bars, warm) + check_context(bars, context, groups)
+        bad += [f"{symbol} {f.column} ({f.check})" for f in found]
+        tried += 1
+    told = f"{tried} symbols tried, all blind" if tried else f"no symbol has {warm + 10} bars"
+    must = "no feature may know the future"
+    return Check("features", must, "; ".join(bad[:3]) or told, not bad and tried > 0)
 
 # %% ../../nbs/7_govern/72_audit.ipynb #b014465e
 def audit_checks(run: Run) -> list[Check]:
@@ -126,6 +152,7 @@ def audit_checks(run: Run) -> list[Check]:
         check_files(run),
         check_windows(expected_labels(run, recipe), teachers, students),
         check_lineage(predictions, {w: a["saw_until"] for w, a in about.items()}),
+        check_features(run, recipe),
         check_rescore(run, predictions, students),
         check_returns(run, predictions, stats),
     ]
@@ -136,7 +163,7 @@ RISK_TEXT = {
     "evidence": "The evidence is not whole; nothing below can be relied on.",
     "failed_windows": "Some windows broke; their tracebacks are in the runs files.",
     "survivorship": "The universe is today's list; companies that failed or left are absent.",
-    "costs": "Costs are a flat rate a side, not the itemised charges of each trade.",
+    "costs": "Charges are itemised; what a broker agrees on, and slippage, are assumptions.",
 }
 RISK_COLUMNS = ("severity", "risk", "evidence", "meaning")
 
@@ -156,7 +183,9 @@ def risk_register(
     rows += (
         [] if inputs.simulated else [("medium", "survivorship", f"{len(inputs.symbols)} symbols")]
     )
-    rows += [("low", "costs", "cost_bps_per_side in the settings")]
+    stats = run.artifacts.read_json("stat_tests.json")
+    paid = f"{stats['trading']['cost_annualised']:.2%} of the account a year"
+    rows += [("low", "costs", paid)]
     return [dict(zip(RISK_COLUMNS, (*row, RISK_TEXT[row[1]]), strict=True)) for row in rows]
 
 # %% ../../nbs/7_govern/72_audit.ipynb #2a978fab

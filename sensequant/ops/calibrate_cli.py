@@ -120,7 +120,7 @@ def campaigns_in(
     folder: Path,  # of all campaigns
 ) -> list[Path]:  # folder of each, nulls first
     "The campaigns that were begun in a folder."
-    from sensequant.backtest.certificate import ABOUT, ANSWERS
+    from sensequant.govern.certificate import ABOUT, ANSWERS
 
     held = [p.parent for p in sorted(folder.glob(f"*/{ABOUT}")) if (p.parent / ANSWERS).is_file()]
     return sorted(held, key=lambda p: p.name.startswith("planted"))
@@ -150,7 +150,7 @@ def write_report(
     "calibration.json, promotion_rates.png and calibration.html."
     import base64
 
-    from sensequant.backtest.certificate import rate_table
+    from sensequant.govern.certificate import rate_table
     from sensequant.backtest.charts import promotion_rates
     from sensequant.core.artifacts import write_atomic
     from sensequant.core.events import json_bytes
@@ -190,7 +190,7 @@ def read_order(
     given: dict[str, Any],  # the options, by name
 ) -> Order:
     "The options, checked, as the functions of the package want them."
-    from sensequant.backtest.certificate import ANSWERS, CERTIFICATE, Campaign, bind
+    from sensequant.govern.certificate import ANSWERS, CERTIFICATE, Campaign, bind
 
     named = ("sim_symbols", "workers", "csv_dir")
     fields = {k: given[k] for k in named if given[k] is not None}
@@ -209,8 +209,8 @@ def read_order(
 # %% ../../nbs/9_ops/913_calibrate_cli.ipynb #45509d80
 def _measure(order: Order) -> int:  # exit code
     "Run the campaign, show what is known of all, and certify when asked."
-    from sensequant.backtest.certificate import calibrate as run_campaign
-    from sensequant.backtest.certificate import rate_table, read_answers, read_campaign
+    from sensequant.govern.certificate import calibrate as run_campaign
+    from sensequant.govern.certificate import rate_table, read_answers, read_campaign
 
     seeds = order.campaign.seeds
     done = sum(
@@ -242,7 +242,7 @@ def _print_rates(rates: Any) -> None:
 # %% ../../nbs/9_ops/913_calibrate_cli.ipynb #d313ec37
 def _certify(folder: Path, target: Path) -> None:
     "Write the certificate of all campaigns in the folder."
-    from sensequant.backtest.certificate import make_certificate, promise
+    from sensequant.govern.certificate import make_certificate, promise
     from sensequant.core.artifacts import write_atomic
     from sensequant.core.events import json_bytes
 
