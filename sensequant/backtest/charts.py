@@ -18,7 +18,6 @@ from matplotlib.patches import Rectangle
 from mpl_toolkits.axes_grid1 import make_axes_locatable
 
 from .accuracy import panel_se
-from .backtester import LongFlatRule
 from .metrics import drawdown
 from ..features.panel import ic_by_date
 from ..core.errors import DataError
@@ -34,6 +33,7 @@ from sensequant.core.plots import (
     lines,
 )
 from ..core.types import IST, require_columns
+from ..trading.strategies import ModelParams
 
 # %% ../../nbs/6_backtest/67_charts.ipynb #6b9f5e65
 PERCENT = 100.0  # fractions are computed with, percentages are looked at
@@ -208,10 +208,10 @@ def ic_by_month(
 # %% ../../nbs/6_backtest/67_charts.ipynb #d03baac5
 def score_histogram(
     predictions: pd.DataFrame,  # column score in [-1, 1]
-    rule: LongFlatRule | None = None,  # None: the defaults
+    rule: Any = None,  # with entry_score and exit_score; None: `ModelParams()`
 ) -> Card:
     "How often each score was given, with the rule's two thresholds."
-    rule = rule or LongFlatRule()
+    rule = rule or ModelParams()
     require_columns(predictions, ["score"], "predictions")
     scores = predictions["score"]
     share = float((scores.dropna() > rule.entry_score).mean()) if scores.notna().any() else 0.0

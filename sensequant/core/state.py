@@ -491,7 +491,7 @@ def _require_kind(kind: str) -> None:
         raise DataError(f"kind must be one of {', '.join(WINDOW_KINDS)}", kind, "state")
 
 # %% ../../nbs/0_core/04_state.ipynb #1387cd0e
-CANDIDATE_STATUSES = ("ready-for-review", "rejected")
+CANDIDATE_STATUSES = ("ready-for-review", "not-proposed", "rejected")
 ENVIRONMENTS = ("staging", "production")
 
 

@@ -418,7 +418,7 @@ def make_certificate(
     return whole | {"sha256": _bound(held[0]).sha256}
 
 # %% ../../nbs/7_govern/78_certificate.ipynb #3f9c2a19
-CERTIFICATE = PACKAGE / "backtest" / "facts" / "gate_certificate.json"
+CERTIFICATE = PACKAGE / "govern" / "facts" / "gate_certificate.json"
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ BADGES = {
     "running": ("incomplete", "INCOMPLETE"),
     "partial": ("incomplete", "PARTIAL"),
     "ready-for-review": ("ok", "READY FOR REVIEW"),
+    "not-proposed": ("incomplete", "NOT PROPOSED"),
     "rejected": ("failed", "REJECTED"),
 }
 

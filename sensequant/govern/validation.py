@@ -8,24 +8,25 @@ __all__ = ['SCORES', 'RULE_KEYS', 'summarise_validation', 'scope_table', 'compar
 
 # %% ../../nbs/7_govern/71_validation.ipynb #7d66a0dd
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 
+from ..backtest.accounts import Market, book_rules, wishes
 from ..backtest.backtester import BacktestResult, run_backtest
 from ..backtest.metrics import rank_ic
 from ..core.errors import DataError
-from ..core.types import IST, PREDICTION_COLUMNS, Interval, require_columns
+from ..core.types import IST, PREDICTION_COLUMNS, require_columns
 from ..data.runs import Run, pinned_bars, read_inputs
 from ..learn.predictions import chain_predictions, score_predictions, scores_by
 from ..learn.records import WindowRecord, count_outcomes, read_window_runs
 from ..learn.tables import Recipe
 from ..market.costs import CostPlan, Slippage
-from ..trading.grid import build_grid, lay, make_signals, part
+from ..trading.grid import Signals, build_grid, part
 from ..trading.risk import Rules
 from ..trading.sizing import Sizing
-from ..trading.strategies import Model, ModelParams, Strategy, View, decide, lay_scores
+from ..trading.strategies import Model, ModelParams, Strategy, lay_scores
 
 # %% ../../nbs/7_govern/71_validation.ipynb #8d649dce
 def _scores(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
@@ -215,20 +216,15 @@ def trade(
 ) -> BacktestResult:
     "The account of a rule on the bars that are pinned to a run."
     require_columns(predictions, ["symbol", "ts", "score"], "predictions")
-    interval, said = read_inputs(run).interval, dict(tuple(predictions.groupby("symbol")))
+    said = dict(tuple(predictions.groupby("symbol")))
     bars = {symbol: pinned_bars(run, symbol) for symbol in said}
-    whole = build_grid(bars)
+    scores = {s: lay_scores(bars[s].index, rows, s) for s, rows in said.items()}
+    market = Market(build_grid(bars), bars, read_inputs(run).interval, scores=scores)
     chosen = strategy or Model(ModelParams(rule.entry_score, rule.exit_score))
-    want, confidence = {}, {}
-    for symbol, rows in said.items():
-        scores = lay_scores(bars[symbol].index, rows, symbol)
-        made = decide(chosen, View(symbol, bars[symbol], interval, scores=scores))
-        index = bars[symbol].index
-        want[symbol] = pd.Series(made.want, index)
-        confidence[symbol] = pd.Series(made.confidence, index)
-    grid, rows = part(whole, *_span(predictions, whole.days))
-    signals = make_signals(grid, lay(whole, want)[rows], lay(whole, confidence)[rows])
-    return run_backtest(grid, signals, replace(rule.account, **chosen.limits), name=chosen.name)
+    wanted = wishes(chosen, market)
+    grid, rows = part(market.grid, *_span(predictions, market.grid.days))
+    cut = Signals(wanted.want[rows], wanted.confidence[rows], wanted.strategy)
+    return run_backtest(grid, cut, book_rules(chosen, rule.account))
 
 # %% ../../nbs/7_govern/71_validation.ipynb #e7882343
 def trial_series(

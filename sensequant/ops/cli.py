@@ -245,6 +245,8 @@ def _next(ended: Any) -> str:
     if ended.status != "success":
         before = "mend the cause, then: " if ended.status == "failed" else ""
         return f"{before}{_program()}sensequant resume {ended.run.run_id}"
+    if ended.verdict == "not-proposed":
+        return "read the report; to ask for promotion, run again with --incremental --propose"
     if ended.verdict == "rejected":
         return "read why in the report; do not trade this candidate"
     return f"read {ended.run.pages / 'briefing.html'} and decide"
@@ -380,6 +382,12 @@ def run(
         bool, _opt("take over windows of the newest run whose rows are the same")
     ] = False,
     force: Annotated[bool, _opt("train windows anew that a resume would find done")] = False,
+    propose: Annotated[
+        bool | None,
+        typer.Option(
+            "--propose", help="ask for promotion: spends error budget, opens the hold-out"
+        ),
+    ] = None,
     dryrun: Annotated[bool, _opt("plan, show and write nothing")] = False,
     require_pass: Annotated[bool, _opt("exit 3 unless ready for review")] = False,
 ) -> None:

@@ -32,6 +32,7 @@ from jupyter_core.utils import ensure_event_loop
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
+from ..backtest.gate import GATE_KEYS
 from ..core.artifacts import RECORD, sha256_file, write_atomic
 from ..core.errors import DataError, SenseQuantError, SettingsError
 from sensequant.core.events import (
@@ -81,6 +82,7 @@ from sensequant.govern.pages import (
     render_notebook,
     write_page,
 )
+from ..govern.validation import RULE_KEYS
 from ..learn.batch import BatchRules
 from ..learn.rewards import RewardSpec
 from sensequant.learn.tables import (
@@ -138,12 +140,13 @@ _PINNED = (  # the last one only if asked for
 _TAUGHT = ("teacher/", "teacher_runs.", "recipe.")
 _LEARNED = ("student/", "student_runs.")
 _JUDGED = ("predictions", "validation_summary.", "ablation.")
+_WEIGHED = ("daily_returns.", "trades.", "baseline_returns.", "stat_tests.", "verdict.")
 PHASES = (
     Phase("1_ingest", "Is there enough clean data?", _PINNED),
     Phase("2_teacher", "What would hindsight have taught?", _TAUGHT),
     Phase("3_student", "Can a model that knows only the past say it too?", _LEARNED),
     Phase("4_validate", "How good out of sample?", _JUDGED),
-    Phase("5_stat_tests", "Could this be luck?", ("daily_returns.", "stat_tests.")),
+    Phase("5_stat_tests", "Could this be luck?", _WEIGHED),
     Phase("6_audit", "Is the evidence whole?", ("audit/", "manifest.")),
     Phase("7_briefing", "Should a person approve it?", ("promotion_briefing.",)),
 )
@@ -157,6 +160,8 @@ GROUPED = {  # what phases take together, by the name of the parameter
     "label": tuple(f.name for f in fields(LabelSpec)),
     "reward": tuple(f.name for f in fields(RewardSpec)),
     "batch": tuple(f.name for f in fields(BatchRules)),
+    "rule": RULE_KEYS,
+    "gate": GATE_KEYS,
 }
 FLAGS = ("skip_fetch", "force", "incremental")  # of one command, no setting
 NOT_GIVEN = ("home", *SECRETS)
