@@ -268,7 +268,7 @@ _HELD: dict[Any, list[tuple[str, pd.DataFrame]]] = {}  # of one run
 
 def _made_from(run: Run, recipe: Recipe) -> tuple:
     "Everything that the tables of a run follow from."
-    pinned = ("bars/", "context/", "inputs.json")
+    pinned = tuple(map(run.pinned, ("bars/", "context/", "inputs.json")))  # of this view
     files = ((p, a.sha256) for p, a in run.artifacts.index().items() if p.startswith(pinned))
     return run.folder, recipe.label, recipe.groups, make_labels, make_features, tuple(files)
 
