@@ -309,6 +309,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'sensequant.backtest.gate._at': ('6_backtest/gate.html#_at', 'sensequant/backtest/gate.py'),
                                           'sensequant.backtest.gate._candidate': ( '6_backtest/gate.html#_candidate',
                                                                                    'sensequant/backtest/gate.py'),
+                                          'sensequant.backtest.gate._costs': ('6_backtest/gate.html#_costs', 'sensequant/backtest/gate.py'),
                                           'sensequant.backtest.gate._data': ('6_backtest/gate.html#_data', 'sensequant/backtest/gate.py'),
                                           'sensequant.backtest.gate._end': ('6_backtest/gate.html#_end', 'sensequant/backtest/gate.py'),
                                           'sensequant.backtest.gate._evidence': ( '6_backtest/gate.html#_evidence',

@@ -297,7 +297,7 @@ def test_returns_from_which_nothing_was_paid_are_no_net_returns(ledger):
     n = record(ledger)
     for trading in ({"cost_annualised": 0.0}, {"cost_annualised": float("nan")}, {}, None):
         told = verdict(ledger, trial=n, trading=trading)
-        assert failed(told) == {"profit", "holdout"}
+        assert failed(told) == {"costs", "holdout"} and not told.facts["spent"]
 
 
 # Noise
@@ -352,7 +352,7 @@ def test_noise_added_to_the_ledger_only_makes_it_harder(ledger):
         ({"coverage": {"totals": TOTALS | {"sessions_held": 900}}}, "coverage"),
         ({"coverage": {"totals": TOTALS | {"sessions_expected": 0}}}, "coverage"),
         ({"coverage": {"totals": TOTALS | {"rows": 900}}}, "data_quality"),
-        ({"trading": None}, "profit"),
+        ({"trading": None}, "costs"),
         ({"holdout": None}, "holdout_kept"),
         ({"trial": None}, "candidate"),
     ],
@@ -435,6 +435,7 @@ def test_other_sessions_than_those_kept_are_refused(ledger, other):
 def test_a_proposal_without_a_way_to_read_the_hold_out_fails(ledger):
     told = verdict(ledger, trial=record(ledger), read=None)
     assert failed(told) == {"holdout"} and "no way to read it" in condition(told, "holdout").found
+    assert not told.facts["spent"]
 
 
 # What kind of pass it is

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -151,7 +152,7 @@ def _number(
 ) -> float | None:  # None when it is missing or no finite number
     "The number at `path`."
     evidence = _at(evidence, *path)
-    number = isinstance(evidence, int | float) and not isinstance(evidence, bool)
+    number = isinstance(evidence, Real) and not isinstance(evidence, bool)
     return float(evidence) if number and math.isfinite(evidence) else None
 
 # %% ../../nbs/6_backtest/65_gate.ipynb #675a54c7
@@ -299,22 +300,17 @@ def _exchange_days(first: date, last: date) -> pd.DatetimeIndex:
 def _period(case: _Case) -> Condition:
     "Every session from the first to the last was judged."
     least, row, series = case.rules.min_coverage_frac, case.row, case.series
-    shown = least * (1 - case.rules.max_failure_rate)
-    must = (
-        f"{least:.0%} of the sessions in between must be judged, {shown:.0%} with {case.statistic}"
-    )
+    name, shown = case.statistic, least * (1 - case.rules.max_failure_rate)
+    must = f"{least:.0%} of the sessions in between must be judged, {shown:.0%} with {name}"
     what = "whether days were picked out of the period"
     if row is None or series is None:
         return Condition("period", must, "no candidate", False, None, least, what)
     known = _exchange_days(row.first, row.last)
-    all_ = len(known)
-    share = float(known.isin(series.index).mean()) if all_ else 0.0
-    sure = case.usable / all_ if all_ else 0.0
-    found = (
-        f"{share:.1%} of {all_} from {row.first} to {row.last}, {sure:.1%} with {case.statistic}"
-    )
+    n = max(1, len(known))
+    share, sure = known.isin(series.index).sum() / n, case.usable / n
+    found = f"{share:.1%} of {n} from {row.first} to {row.last}, {sure:.1%} with {name}"
     ok = share >= least and sure >= shown
-    return Condition("period", must, found, ok, share, least, what)
+    return Condition("period", must, found, bool(ok), float(share), least, what)
 
 
 def _kept(case: _Case) -> Condition:
@@ -370,6 +366,14 @@ def _data(case: _Case) -> list[Condition]:
         Condition("data_quality", rows, texts[1], fine, bad, most, what[1]),
     ]
 
+
+def _costs(case: _Case) -> Condition:
+    "Something was paid, or the returns are no net returns."
+    cost = _number(case.evidence.trading, "cost_annualised")
+    must, what = "charges and slippage must have been paid", "what trading took from the account"
+    found = "no costs in the statistics" if cost is None else f"{cost:.2%} of the account a year"
+    return Condition("costs", must, found, cost is not None and cost > 0, cost, 0.0, what)
+
 # %% ../../nbs/6_backtest/65_gate.ipynb #57ef5d86
 def _intact(case: _Case) -> Condition:
     "The ledger is whole, and every head that a manifest holds lies on it."
@@ -384,7 +388,7 @@ def _sound(case: _Case) -> list[Condition]:
     "Everything that can be known without looking at returns."
     e = case.evidence
     first = _windows(e.n_success, e.n_failed, case.rules.max_failure_rate)
-    rest = [_period(case), _kept(case), _leaks(case), *_data(case), _intact(case)]
+    rest = [_period(case), _kept(case), _leaks(case), *_data(case), _costs(case), _intact(case)]
     return [*first, *_candidate(case), *rest]
 
 # %% ../../nbs/6_backtest/65_gate.ipynb #3bf0f620
@@ -421,7 +425,7 @@ def _signal(
     limit, (n, others) = proposal.threshold, _tries(case, case.row)
     assert case.series is not None
     test = max_t(case.series, others, **_asked_of(case, case.row, limit))
-    facts = {"trials": n, "different_trials": test.n_distinct, "max_t": asdict(test)}
+    facts = {"p": test.p, "trials": n, "different_trials": test.n_distinct, "max_t": asdict(test)}
     if limit < LEAST_BELOW * test.resolution:
         found = test.why or f"{test.samples} resamples, too few for a threshold so small"
         return Condition("signal", must, found, False, None, limit, what), facts
@@ -444,21 +448,17 @@ def _net_alpha(
 
 
 def _profit(case: _Case) -> Condition:
-    "The net alpha is above 0, and something was paid for it."
-    must = "net alpha must lie above 0 after charges and slippage that were paid"
+    "The net alpha is above 0."
+    must = "net alpha must lie above 0, charges and slippage taken off"
     what = "what the rule earned a session beyond the market's share, after all costs"
-    cost = _number(case.evidence.trading, "cost_annualised")
-    if case.row is None or case.series is None or cost is None or cost <= 0:
-        lack = "no costs in the statistics" if cost is None else f"costs of {cost:.2%} a year"
-        found = lack if case.row is not None else "no candidate"
-        return Condition("profit", must, found, False, None, 0.0, what)
+    if case.row is None or case.series is None:
+        return Condition("profit", must, "no candidate", False, None, 0.0, what)
     plan = Resampling(case.evidence.horizon, int(case.row.series_sha256[:8], 16))
     try:
         alpha, low = _net_alpha(case.series, plan)
     except DataError as error:
         return Condition("profit", must, str(error), False, None, 0.0, what)
     found = f"{alpha * 1e4:+.2f} bps a session (95 % lower bound {low * 1e4:+.2f})"
-    found += f", costs of {cost:.2%} a year"
     return Condition("profit", must, found, alpha > 0, alpha, 0.0, what)
 
 # %% ../../nbs/6_backtest/65_gate.ipynb #9df522dd
@@ -495,6 +495,11 @@ def _real(case: _Case) -> Condition:
     return Condition("real_data", must, found, ok, measures=what, blocks="production")
 
 # %% ../../nbs/6_backtest/65_gate.ipynb #3b8cade2
+ALONE = 0.05  # level at which the hold-out's t would count; reported and not asked for
+_HOLDOUT = "the declared statistic must lie above 0 on the hold-out"
+_UNSEEN = "whether it goes on where nobody had looked"
+
+
 def _read_holdout(case: _Case, read: Callable[[], pd.DataFrame]) -> pd.DataFrame:
     "The series of the hold-out; refused when it is not the one that was kept."
     kept, rules = case.evidence.holdout, case.rules
@@ -529,13 +534,6 @@ def _opened(case: _Case, read: Callable[[], pd.DataFrame]) -> tuple[Condition, d
     ok = not test.why and value > 0
     return Condition("holdout", _HOLDOUT, found, ok, value, 0.0, _UNSEEN), {"holdout": facts}
 
-
-ALONE = 0.05  # level at which the hold-out's t would count; reported and not asked for
-
-
-_HOLDOUT = "the declared statistic must lie above 0 on the hold-out"
-_UNSEEN = "whether it goes on where nobody had looked"
-
 # %% ../../nbs/6_backtest/65_gate.ipynb #cfe1cc89
 def _holdout(
     case: _Case,
@@ -556,15 +554,15 @@ def _holdout(
 def _asked(
     case: _Case,
     on: date,  # IST
-    sound: bool,  # whether all conditions hold that do not look at returns
+    ready: bool,  # whether all holds that does not look at returns, and the hold-out can be read
 ) -> tuple[Proposal | None, bool, str]:  # the proposal, whether it is spent, why there is none
-    "The proposal of this run, spent when it proposes and everything is sound."
+    "The proposal of this run, spent when it proposes and could pass."
     row = case.row
     if row is None or not case.proof.intact:
         return None, False, "no candidate to test" if case.proof.intact else "the ledger is damaged"
     if case.usable < MIN_SESSIONS:
         return None, False, f"fewer than {MIN_SESSIONS} sessions"
-    spends = case.rules.propose and sound
+    spends = case.rules.propose and ready
     ask = case.ledger.propose if spends else case.ledger.next_proposal
     try:
         given = ask(row.run_id, row.market, on, row.series_sha256, case.rules.yearly_error)
@@ -584,7 +582,8 @@ def judge(
     "Every condition, measured; passed only when all hold, which takes a run that proposes."
     case = _open_case(evidence, rules, ledger)
     sound = _sound(case)
-    proposal, spent, why = _asked(case, on, all(c.passed for c in sound))
+    ready = read_holdout is not None and all(c.passed for c in sound)
+    proposal, spent, why = _asked(case, on, ready)
     signal, facts = _signal(case, proposal, why)
     told = [*sound, signal, _profit(case), _real(case), *_reference(case)]
     last, opened = _holdout(case, told, read_holdout)
