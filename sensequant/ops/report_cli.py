@@ -168,7 +168,8 @@ def markdown_files(
     "A notebook as text, with its pictures in a folder of their own."
     from sensequant.govern.pages import HIDDEN_TAGS
 
-    parts, pictures = [], {}
+    parts: list[str] = []
+    pictures: dict[str, bytes] = {}
     for cell in notebook.cells:
         if set(cell.metadata.get("tags", [])) & HIDDEN_TAGS:
             continue
