@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OUTCOME', 'RISK', 'MIN_RISK_SESSIONS', 'GROUPS', 'directional', 'opinion_days', 'confusion', 'class_scores',
            'outcome', 'risk', 'measure', 'measure_by', 'compare_strategies', 'panel_se', 'degradation',
-           'rolling_accuracy', 'calibration_table', 'brier_score', 'session_closes_of', 'RunTraces', 'run_traces']
+           'rolling_accuracy', 'calibration_table', 'brier_score', 'figures_table', 'groups_table', 'pairs_table',
+           'losses_table', 'accuracy_verdict', 'session_marks', 'RunTraces', 'run_traces']
 
 # %% ../../nbs/6_backtest/62_accuracy.ipynb #4adbb088
 import itertools
@@ -355,8 +356,126 @@ def brier_score(
     share = rows["y"].mean()
     return float(((rows["p"] - rows["y"]) ** 2).mean()), float(share * (1 - share))
 
+# %% ../../nbs/6_backtest/62_accuracy.ipynb #ef66b74a
+_SHOWN = {  # line of a table: figure of `measure`, factor, decimals
+    "predictions": ("n_traces", 1, 0),
+    "of them LONG or SHORT, outcome known": ("n_directional", 1, 0),
+    "right, all three classes (%)": ("accuracy", 100, 1),
+    "right when it said LONG or SHORT (%)": ("directional_precision", 100, 1),
+    "precision LONG (%)": ("precision_long", 100, 1),
+    "recall LONG (%)": ("recall_long", 100, 1),
+    "precision SHORT (%)": ("precision_short", 100, 1),
+    "recall SHORT (%)": ("recall_short", 100, 1),
+    "hit ratio: side of the move (%)": ("hit_ratio", 100, 1),
+    "win rate: made money (%)": ("win_rate", 100, 1),
+    "average return of an opinion (%)": ("average_return", 100, 3),
+    "profit factor": ("profit_factor", 1, 2),
+    "holding time (days)": ("average_holding_minutes", 1 / 1440, 1),
+    "Sharpe ratio of the days (a year)": ("sharpe", 1, 2),
+    "Sortino ratio of the days (a year)": ("sortino", 1, 2),
+    "deepest fall of the days (%)": ("max_drawdown", 100, 1),
+    "sessions": ("n_sessions", 1, 0),
+}
+
+
+def _written(value: float, factor: float, decimals: int) -> str:
+    "A number as a table shows it."
+    return f"{value * factor:,.{decimals}f}" if pd.notna(value) else "n/a"
+
+
+def figures_table(
+    found: Mapping[str, dict[str, Any]],  # of `measure`, by name
+) -> pd.DataFrame:  # text: a line a figure with its unit, a column a name
+    "Several sets of traces side by side."
+    flat = {name: _flat(one) for name, one in found.items()}
+    rows = {
+        line: [_written(one[key], factor, decimals) for one in flat.values()]
+        for line, (key, factor, decimals) in _SHOWN.items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(flat)).rename_axis("figure")
+
+# %% ../../nbs/6_backtest/62_accuracy.ipynb #d88d3807
+def groups_table(
+    table: pd.DataFrame,  # of `measure_by`
+    most: int = 12,  # rows
+) -> pd.DataFrame:  # text: n, right, hit ratio, win rate, average return, profit factor, by group
+    "The newest months, or the symbols and strategies that earned most and least an opinion."
+    if len(table) > most and table.index.name != "month":
+        order = table.sort_values("average_return", ascending=False, kind="stable")
+        table = pd.concat([order.head(most - most // 2), order.tail(most // 2)])
+    lines = {
+        "n": ("n_directional", 1, 0),
+        "right (%)": ("directional_precision", 100, 1),
+        "hit ratio (%)": ("hit_ratio", 100, 1),
+        "win rate (%)": ("win_rate", 100, 1),
+        "average return (%)": ("average_return", 100, 3),
+        "profit factor": ("profit_factor", 1, 2),
+    }
+    rows = table.tail(most)
+    columns = {h: [_written(v, f, d) for v in rows[key]] for h, (key, f, d) in lines.items()}
+    return pd.DataFrame(columns, index=rows.index)
+
+# %% ../../nbs/6_backtest/62_accuracy.ipynb #2027e6b5
+def _p_value(p: float) -> str:
+    "A p-value as people write it."
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if pd.notna(p) else "n/a"
+
+
+def pairs_table(
+    table: pd.DataFrame,  # of `compare_strategies`
+) -> pd.DataFrame:  # text, a row a pair
+    "The comparison as a page shows it."
+    columns = {
+        "Sharpe (a year)": [_written(v, 1, 2) for v in table["sharpe_a"]],
+        "against": [_written(v, 1, 2) for v in table["sharpe_b"]],
+        "difference (bps a session)": [_written(v, 1, 1) for v in table["difference_bps"]],
+        "t": [_written(v, 1, 2) for v in table["t"]],
+        "p (Holm)": [_p_value(p).removeprefix("p ").removeprefix("= ") for p in table["p_holm"]],
+        "sessions": [f"{n:,}" for n in table["n_sessions"]],
+    }
+    return pd.DataFrame(columns, index=table["a"] + " against " + table["b"]).rename_axis("pair")
+
+# %% ../../nbs/6_backtest/62_accuracy.ipynb #ba4a688b
+def losses_table(
+    table: pd.DataFrame,  # of `degradation`
+) -> pd.DataFrame:  # text, a row a figure
+    "The newest against all, as a page shows it."
+    scale = pd.Series({"precision": 100.0, "win_rate": 100.0, "sharpe": 1.0})
+    names = {
+        "precision": "precision (%)",
+        "win_rate": "win rate (%)",
+        "sharpe": "Sharpe ratio (a year)",
+    }
+    numbers = ["all", "newest", "drop", "standard_error", "allowed"]
+    scaled = table[numbers].mul(scale, axis=0).rename(index=names)
+    text = scaled.map(lambda v: _written(v, 1, 2)).rename_axis("figure")
+    verdict = np.where(table["drop"].isna(), "too few", np.where(table["alert"], "WORSE", "no"))
+    headings = {"drop": "loss", "standard_error": "standard error", "allowed": "allowed loss"}
+    return text.rename(columns=headings).assign(worse=verdict)
+
+# %% ../../nbs/6_backtest/62_accuracy.ipynb #d35014fd
+def accuracy_verdict(
+    found: Mapping[str, dict[str, Any]],  # of `measure`: the candidate first, then its baseline
+    pair: pd.DataFrame,  # of `compare_strategies`, candidate as `a`
+    losses: pd.DataFrame,  # of `degradation`
+) -> str:
+    "What the page found, in three sentences, a line each."
+    (name, one), (rival, other) = found.items()
+    right = [_written(x["directional_precision"], 100, 1) for x in (one, other)]
+    first = f"Of its LONG and SHORT opinions {name} had {right[0]}% right, {rival} {right[1]}%."
+    gap, p = pair["difference_bps"][0], pair["p"][0]
+    sure = "more than chance explains" if p < 0.05 else "which chance explains"
+    second = f"A session it made {gap:+.1f} basis points against it, {sure} ({_p_value(p)})."
+    worse = ", ".join(losses.index[losses["alert"]])
+    third = (
+        f"Its newest opinions are worse in {worse}."
+        if worse
+        else "Nothing shows that it got worse."
+    )
+    return "\n".join([first, second if pd.notna(p) else "Their days cannot be compared.", third])
+
 # %% ../../nbs/6_backtest/62_accuracy.ipynb #d23f8cf5
-def session_closes_of(
+def session_marks(
     bars: Mapping[str, pd.DataFrame],  # by symbol, any interval
 ) -> pd.DataFrame:  # last close of each session, INR, by 00:00 IST, a column a symbol
     "What `opinion_days` marks with."
@@ -375,6 +494,11 @@ class RunTraces:
     closes: pd.DataFrame  # last close of each session, a column a symbol
     predictions: pd.DataFrame  # PREDICTION_COLUMNS
 
+    @property
+    def both(self) -> dict[str, pd.DataFrame]:
+        "The traces of each by name, the candidate first."
+        return {"model": self.model, "baseline": self.baseline}
+
 
 def run_traces(
     run: Run,  # that has its predictions
@@ -386,4 +510,4 @@ def run_traces(
     model = opinion_traces(model_opinions(predictions), bars, rules)
     rival = swing_opinions(predictions, bars, read_inputs(run).interval)
     baseline = opinion_traces(rival, bars, rules, "sma")
-    return RunTraces(model, baseline, session_closes_of(bars), predictions)
+    return RunTraces(model, baseline, session_marks(bars), predictions)
