@@ -13,6 +13,7 @@ from sensequant.backtest.accounts import read_accounts
 from sensequant.core.ledger import Ledger, ledger_path
 from sensequant.core.settings import load_settings
 from sensequant.core.types import IST, Interval
+from sensequant.data.sentiment import Snapshot, SnapshotStore, write_snapshots
 from sensequant.market.calendar import sessions
 from sensequant.market.simulator import MarketSpec, simulate
 from sensequant.ops import judge_cli
@@ -207,6 +208,34 @@ def test_another_benchmark_takes_the_place_of_the_universe(tmp_path):
     assert kept.config["benchmark"] == "STEADY"
     known = kept.daily["benchmark_return"].dropna()
     assert len(known) > 200 and np.allclose(known, 0.001)
+
+
+@pytest.mark.parametrize("mood", [-0.4, 0.9])
+def test_news_forbids_new_purchases_and_makes_others_surer(tmp_path, mood):
+    days = simulate(MARKET).bars("SIM001", Interval.DAY, MARKET.start, MARKET.end).index
+    (tmp_path / "files").mkdir()
+    level = pd.Series(100 * 1.004 ** np.arange(len(days)), days)
+    prices = {"open": level, "high": level * 1.01, "low": level * 0.99, "close": level * 1.004}
+    bars = pd.DataFrame(prices | {"volume": 9_000_000}).rename_axis("timestamp")
+    for symbol in ("SAID", "SILENT"):
+        bars.to_csv(tmp_path / "files" / f"{symbol}.csv")
+    store = SnapshotStore(load_settings().home / "data" / "sentiment")
+    spoken = [(day.date(), day + pd.Timedelta(hours=10)) for day in days]
+    about = (mood, 0.8, 3, "csv", (), ("csv",), False)
+    write_snapshots(store, [Snapshot("SAID", day, had, *about) for day, had in spoken])
+    words = ("--csv-dir", tmp_path / "files", "--start", "2024-01-01", "--end", "2024-01-31")
+    quick = ("--params", "fast_sessions=2", "--params", "slow_sessions=4")
+    rest = ("--params", "max_hold_sessions=0", "--params", "target_frac=0")
+    deaf, _ = done(tmp_path, *words, *quick, *rest, name="deaf")
+    heard, _ = done(tmp_path, *words, *quick, *rest, "--set", "sentiment=true", name="heard")
+    assert set(deaf.trades["symbol"]) == {"SAID", "SILENT"}
+    if mood < 0:
+        assert set(heard.trades["symbol"]) == {"SILENT"}
+    else:
+        sure = heard.trades.set_index("symbol")["confidence"]
+        before = deaf.trades.set_index("symbol")["confidence"]
+        assert sure["SAID"] == pytest.approx(min(1.0, 1.2 * before["SAID"]))
+        assert sure["SILENT"] == before["SILENT"]
 
 
 def test_a_split_is_traded_and_not_seen_as_a_fall(tmp_path):
