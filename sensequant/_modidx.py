@@ -53,6 +53,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'sensequant/backtest/accuracy.py'),
                                               'sensequant.backtest.accuracy._flat': ( '6_backtest/accuracy.html#_flat',
                                                                                       'sensequant/backtest/accuracy.py'),
+                                              'sensequant.backtest.accuracy._holm': ( '6_backtest/accuracy.html#_holm',
+                                                                                      'sensequant/backtest/accuracy.py'),
                                               'sensequant.backtest.accuracy._inflation': ( '6_backtest/accuracy.html#_inflation',
                                                                                            'sensequant/backtest/accuracy.py'),
                                               'sensequant.backtest.accuracy._keys': ( '6_backtest/accuracy.html#_keys',
