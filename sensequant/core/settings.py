@@ -294,6 +294,38 @@ class SentimentSettings(BaseModel):
 class CostSettings(BaseModel):
     "What a trade costs beside its price."
 
+    brokerage_delivery_frac: float = _number(
+        0.0007, 0, 0.025, "fraction", "brokerage on shares kept overnight"
+    )
+    brokerage_intraday_frac: float = _number(
+        0.00007, 0, 0.025, "fraction", "brokerage on shares bought and sold on one day"
+    )
+    brokerage_futures_frac: float = _number(
+        0.00007, 0, 0.025, "fraction", "brokerage on stock futures"
+    )
+    brokerage_max_inr: float = _number(
+        0.0, 0, 100_000, "INR", "most brokerage of an order; 0 for no maximum"
+    )
+    dp_charge_inr: float = _number(
+        20.0, 0, 1000, "INR", "a share sold from delivery on a day, before GST"
+    )
+    cash_transaction_frac: float = _number(
+        0.0, 0, 0.001, "fraction", "NSE's charge on shares; 0 takes the dated table"
+    )
+    slippage_fixed_bps: float = _number(0.0, 0, 500, "bps", "price lost by every market order")
+    slippage_spread_bps: float = _number(
+        5.0, 0, 500, "bps", "between bid and offer; a market order loses half of it"
+    )
+    slippage_impact_bps: float = _number(
+        140.0, 0, 10_000, "bps", "price lost if an order took a bar's whole volume; grows by root"
+    )
+    max_volume_frac: float = _number(
+        0.025, 1e-6, 1, "fraction", "most of a bar's volume that an order may take"
+    )
+    circuit_frac: float = _number(
+        0.20, 0.01, 1, "fraction", "price band around the last session's close; locked beyond it"
+    )
+
 # %% ../../nbs/0_core/02_settings.ipynb #49000237
 class TradingSettings(BaseModel):
     "The account, its limits and the rules that trade it."
