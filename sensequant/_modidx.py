@@ -217,6 +217,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'sensequant/backtest/optimizer.py'),
                                                'sensequant.backtest.optimizer.differences': ( '6_backtest/optimizer.html#differences',
                                                                                               'sensequant/backtest/optimizer.py'),
+                                               'sensequant.backtest.optimizer.enter': ( '6_backtest/optimizer.html#enter',
+                                                                                        'sensequant/backtest/optimizer.py'),
                                                'sensequant.backtest.optimizer.grid_order': ( '6_backtest/optimizer.html#grid_order',
                                                                                              'sensequant/backtest/optimizer.py'),
                                                'sensequant.backtest.optimizer.grid_values': ( '6_backtest/optimizer.html#grid_values',
