@@ -323,12 +323,48 @@ class CostSettings(BaseModel):
         0.025, 1e-6, 1, "fraction", "most of a bar's volume that an order may take"
     )
     circuit_frac: float = _number(
-        0.20, 0.01, 1, "fraction", "price band around the last session's close; locked beyond it"
+        0.20, 0, 1, "fraction", "price band around the last session's close; 0 for none"
     )
 
 # %% ../../nbs/0_core/02_settings.ipynb #49000237
 class TradingSettings(BaseModel):
     "The account, its limits and the rules that trade it."
+
+    # account, sizes and limits
+    capital_inr: float = _number(100_000.0, 1, 1e9, "INR", "cash of the account at the start")
+    trade_product: Literal["delivery", "futures"] = _word(
+        "delivery",
+        "what is traded: shares, or stock futures, which alone can be short overnight",
+        "",
+        "delivery or futures",
+    )
+    futures_lot: int = _number(1, 1, 100_000, "shares", "that trade together in futures")
+    sizing: Literal["slots", "notional", "volatility", "kelly"] = _word(
+        "slots", "how the money of a position is found", "", "slots, notional, volatility or kelly"
+    )
+    n_slots: int = _number(0, 0, 10_000, "positions", "that share the account; 0 one a symbol")
+    notional_inr: float = _number(25_000.0, 1, 1e9, "INR", "size of a position by notional")
+    volatility_target_frac: float = _number(
+        0.0025, 1e-6, 1, "fraction", "of the equity: a position's daily swing, by volatility"
+    )
+    volatility_sessions: int = _number(20, 2, 500, "sessions", "that a share's swing is taken from")
+    kelly_frac: float = _number(0.5, 0.01, 1, "fraction", "of Kelly's bet that is made")
+    kelly_cap_frac: float = _number(0.25, 0.001, 1, "fraction", "of the equity: largest Kelly bet")
+    size_by_confidence: bool = _word(
+        False, "scale a position by its signal's confidence", "", "true or false"
+    )
+    max_exposure_inr: float = _number(
+        100_000.0, 0, 1e9, "INR", "most in the market at once; 0 no cap"
+    )
+    max_symbol_inr: float = _number(25_000.0, 0, 1e9, "INR", "most in one symbol; 0 no cap")
+    stop_frac: float = _number(0.02, 0, 0.9, "fraction", "loss that ends a trade; 0 no stop")
+    target_frac: float = _number(0.04, 0, 10, "fraction", "gain that ends a trade; 0 no target")
+    daily_loss_inr: float = _number(
+        5_000.0, 0, 1e9, "INR", "loss of a day, unrealised and charges included, that halts; 0 none"
+    )
+    reduce_at_frac: float = _number(
+        0.8, 0.01, 1, "fraction", "of the daily loss from which nothing is opened"
+    )
 
     # rules of trade: when a share is wanted
     swing_fast_sessions: int = _number(20, 2, 250, "sessions", "quick average of the SMA cross")
