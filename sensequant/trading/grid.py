@@ -272,8 +272,7 @@ def tradable(
 def market_return(
     grid: Grid,
 ) -> np.ndarray:  # (n_sessions,) gross fraction
-    """Equal-weight mean of the symbols' returns, close to close, dividends included; in a first session
-    that nothing came before, open to close."""
+    "Equal-weight mean of the symbols' returns, close to close; open to close where nothing was before."
     n, k = len(grid.days), len(grid.symbols)
     last = np.full((n, k), np.nan)
     first, paid = last.copy(), np.zeros((n, k))
