@@ -401,6 +401,29 @@ class TradingSettings(BaseModel):
 class AccuracySettings(BaseModel):
     "Prediction traces and what counts as right."
 
+    trace_sample_frac: float = _number(1.0, 0, 1, "fraction", "predictions that are traced")
+    trace_features: bool = _word(
+        True, "a trace keeps the features it was made of", "", "true or false"
+    )
+    trace_compress: bool = _word(
+        False, "gzip a file of traces when it is full", "", "true or false"
+    )
+    trace_buffer: int = _number(100, 1, 100_000, "traces", "held back before they are written")
+    trace_file_mb: float = _number(100.0, 0.01, 10_000, "MB", "size at which a new file begins")
+    right_intraday_frac: float = _number(
+        0.003, 0, 0.5, "fraction", "gross move that makes an intraday opinion right"
+    )
+    right_swing_frac: float = _number(
+        0.005, 0, 0.5, "fraction", "gross move that makes an opinion held overnight right"
+    )
+    accuracy_window: int = _number(100, 10, 100_000, "trades", "newest, compared with all")
+    alert_precision_drop: float = _number(0.10, 0, 1, "fraction", "loss of precision that alerts")
+    alert_win_rate_drop: float = _number(0.10, 0, 1, "fraction", "loss of win rate that alerts")
+    alert_sharpe_drop: float = _number(0.5, 0, 10, "a year", "loss of Sharpe ratio that alerts")
+    alert_standard_errors: float = _number(
+        2.0, 0, 10, "standard errors", "of the newest trades, that a loss must exceed too"
+    )
+
 # %% ../../nbs/0_core/02_settings.ipynb #ed9db068
 class OptimizerSettings(BaseModel):
     "The search for better parameters of a rule."
