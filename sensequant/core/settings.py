@@ -457,6 +457,34 @@ class OptimizerSettings(BaseModel):
 class GateSettings(BaseModel):
     "The hold-out, the yearly error budget and what a pass needs."
 
+    propose: bool = _word(
+        False, "ask for promotion: spends error budget, opens the hold-out", "", "true or false"
+    )
+    gate_statistic: Literal["auto", "alpha", "rank_ic"] = _word(
+        "auto",
+        "where skill must show; auto: rank_ic for the pooled scope, else alpha",
+        "",
+        "auto, alpha or rank_ic",
+    )
+    yearly_error: float = _number(
+        0.05, 0.001, 0.5, "probability", "of one false promotion a year that proposals share"
+    )
+    holdout_sessions: int = _number(
+        120, 20, 1000, "sessions", "newest ones that nothing reads until all else has passed"
+    )
+    gate_min_coverage_frac: float = _number(
+        0.95, 0, 1, "fraction", "sessions held of those expected that a pass needs"
+    )
+    gate_max_rejected_frac: float = _number(
+        0.01, 0, 1, "fraction", "rejected rows of those read that a pass survives"
+    )
+    gate_max_samples: int = _number(
+        100_000, 1000, 10_000_000, "samples", "most resamples; a threshold below 10 of them fails"
+    )
+    gate_reference_bars: Literal["report", "require"] = _word(
+        "report", "whether the reference's score bars decide", "", "report or require"
+    )
+
 # %% ../../nbs/0_core/02_settings.ipynb #ea932187
 class BookSettings(BaseModel):
     "Order books: five levels of bids and offers."
