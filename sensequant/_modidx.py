@@ -291,6 +291,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'sensequant/backtest/optimizer.py'),
                                                'sensequant.backtest.optimizer._spec': ( '6_backtest/optimizer.html#_spec',
                                                                                         'sensequant/backtest/optimizer.py'),
+                                               'sensequant.backtest.optimizer._undefined': ( '6_backtest/optimizer.html#_undefined',
+                                                                                             'sensequant/backtest/optimizer.py'),
                                                'sensequant.backtest.optimizer._usable': ( '6_backtest/optimizer.html#_usable',
                                                                                           'sensequant/backtest/optimizer.py'),
                                                'sensequant.backtest.optimizer._verdict': ( '6_backtest/optimizer.html#_verdict',

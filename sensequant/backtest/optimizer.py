@@ -15,6 +15,7 @@ import fcntl
 import itertools
 import json
 import math
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,12 +36,13 @@ from optuna.distributions import (
 )
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from . import metrics as m
+from . import accuracy, metrics
 from ..core.artifacts import parquet_bytes, write_atomic
 from ..core.errors import DataError, GateError, SettingsError
 from ..core.events import json_bytes, json_ready, make_folder
 from ..core.fanout import Outcome, Rules, fan_out
 from ..core.ledger import Ledger, Trial
+from ..trading.traces import TraceRules, write_traces
 
 # %% ../../nbs/6_backtest/63_optimizer.ipynb #2737fdf9
 KINDS = ("int", "float", "log", "choice")
@@ -336,16 +338,18 @@ class Evaluator(Protocol):
         "What a result depends on beside the parameters: market, symbols, sessions, costs, hashes."
 
 # %% ../../nbs/6_backtest/63_optimizer.ipynb #08687967
+_ACCURACY = ("accuracy", "hit_ratio", "n_traces", "n_known", "n_directional", "classes")
+_BY_CLASS = ("confusion_matrix", "precision", "recall", "f1_score")
+
+
 def _accuracy(traces: pd.DataFrame) -> dict[str, Any]:
-    said, was = traces["predicted_direction"], traces["actual_direction"]
-    spoke, long = said != "NOOP", said == "LONG"
-    share = lambda held: float(held.mean()) if len(held) else np.nan  # noqa: E731
-    return {
-        "precision_long": share(was[long] == "LONG"),
-        "base_rate_long": share(was == "LONG"),
-        "hit_ratio": share(said[spoke] == was[spoke]),
-        "n_predictions": len(traces),
-    }
+    "What `accuracy.measure` says of predictions, with LONG's precision beside its base rate."
+    found = accuracy.measure(traces)
+    matrix, known = np.array(found["confusion_matrix"]), found["n_known"]
+    long = found["classes"].index("LONG")
+    rate = float(matrix[long].sum() / known) if known else np.nan
+    named = {"precision_long": found["precision"]["LONG"], "base_rate_long": rate}
+    return named | {name: found[name] for name in (*_ACCURACY, *_BY_CLASS)}
 
 
 def measure(
@@ -354,11 +358,11 @@ def measure(
     "The figures of an evaluation, in fractions where no unit is named."
     returns, net = found.daily["net_return"], found.trades["net_inr"]
     gain, loss = net[net > 0].sum(), -net[net < 0].sum()
-    metrics = {
-        "sharpe_ratio": m.sharpe(returns, m.SESSIONS_A_YEAR),
-        "sortino_ratio": m.sortino(returns, periods=m.SESSIONS_A_YEAR),
+    earned = {
+        "sharpe_ratio": metrics.sharpe(returns, metrics.SESSIONS_A_YEAR),
+        "sortino_ratio": metrics.sortino(returns, periods=metrics.SESSIONS_A_YEAR),
         "total_return": float((1 + returns).prod() - 1),
-        "max_drawdown": m.max_drawdown(returns),
+        "max_drawdown": metrics.max_drawdown(returns),
         "win_rate": float((net > 0).mean()) if len(net) else np.nan,
         "profit_factor": float(gain / loss) if loss > 0 else np.nan,
         "total_trades": len(net),
@@ -366,7 +370,7 @@ def measure(
         "avg_holding_minutes": float(found.trades["holding_minutes"].mean()),
         "n_sessions": len(returns),
     }
-    return {"metrics": metrics, "accuracy_metrics": _accuracy(found.traces)}
+    return {"metrics": earned, "accuracy_metrics": _accuracy(found.traces)}
 
 # %% ../../nbs/6_backtest/63_optimizer.ipynb #b475f6ca
 WEIGHTS = {"sharpe_ratio": 0.40, "precision_long": 0.30, "hit_ratio": 0.20, "win_rate": 0.10}
@@ -575,11 +579,18 @@ class SearchRecord:
 
 def _from_record(record: dict[str, Any]) -> Tried:
     "A configuration as it was written; a figure that was undefined is NaN again."
-    figures = {"metrics": record["metrics"], "accuracy_metrics": record["accuracy_metrics"]}
-    known = {k: {n: math.nan if v is None else v for n, v in d.items()} for k, d in figures.items()}
-    folds = tuple({k: math.nan if v is None else v for k, v in f.items()} for f in record["folds"])
-    score = math.nan if record["score"] is None else record["score"]
-    return Tried(**record | known | {"folds": folds, "score": score})
+    names = ("metrics", "accuracy_metrics", "folds", "score")
+    known = {name: _undefined(record[name]) for name in names}
+    return Tried(**record | known | {"folds": tuple(known["folds"])})
+
+
+def _undefined(value: Any) -> Any:
+    "The same with NaN where JSON had to say null."
+    if isinstance(value, dict):
+        return {name: _undefined(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [_undefined(v) for v in value]
+    return math.nan if value is None else value
 
 # %% ../../nbs/6_backtest/63_optimizer.ipynb #04a80862
 @contextmanager
@@ -677,8 +688,11 @@ def proposals(job: Job, record: SearchRecord) -> Iterator[dict[int, Params]]:
 
 def _write_telemetry(folder: Path, found: Evaluation, plan: SearchPlan) -> None:
     "Put the predictions, trades and days of one configuration into a folder of its own."
+    if folder.exists():
+        shutil.rmtree(folder)  # left by a worker that did not live to tell
     make_folder(folder)
-    for name in ("daily", "trades", "traces"):
+    write_traces(found.traces, folder, TraceRules(plan.sample_frac, seed=plan.seed))
+    for name in ("daily", "trades"):
         write_atomic(folder / f"{name}.parquet", parquet_bytes(getattr(found, name)))
 
 

@@ -22,6 +22,7 @@ from ..core.artifacts import Artifacts
 from ..core.errors import DataError
 from ..core.events import json_bytes, json_ready
 from ..core.types import IST
+from ..trading.traces import read_traces
 
 # %% ../../nbs/6_backtest/69_search_files.ipynb #28adff53
 @dataclass(frozen=True)
@@ -555,7 +556,10 @@ class FinishedSearch:
 
     def table(self, config_id: str, name: str) -> pd.DataFrame:
         "`daily`, `trades` or `traces` of a configuration that was measured, out of fold."
-        return pd.read_parquet(self.folder / "telemetry" / config_id / f"{name}.parquet")
+        folder = self.folder / "telemetry" / config_id
+        if name == "traces":
+            return read_traces(folder).traces
+        return pd.read_parquet(folder / f"{name}.parquet")
 
 
 def open_search(
