@@ -8,7 +8,7 @@ __all__ = ['EVENT', 'Grid', 'build_grid', 'wide_grid', 'part', 'tradable', 'mark
 # %% ../../nbs/4_trading/44_grid.ipynb #bd496747
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ from numba import njit
 from ..core.errors import DataError
 from ..core.types import BAR_COLUMNS, IST, require_columns
 from ..market.actions import actions_for
+from .risk import circuit_lock
 
 # %% ../../nbs/4_trading/44_grid.ipynb #9683f9c2
 _US_A_DAY, _IST_US = 86_400_000_000, 19_800_000_000  # IST is five and a half hours ahead of UTC
@@ -70,7 +71,7 @@ EVENT = np.dtype(
         ("row", np.int64),  # of the bar at whose open it takes effect
         ("column", np.int64),  # of the symbol
         ("ratio", np.float64),  # shares that one share became, 1 when only cash was paid
-        ("dividend", np.float64),  # INR for each share held after that, negative to be paid
+        ("dividend", np.float64),  # INR for each share held until then; below 0 it is owed
     ]
 )
 
@@ -116,15 +117,15 @@ def _possible(
 
 # %% ../../nbs/4_trading/44_grid.ipynb #fa2fae86
 def _event(
-    action: NamedTuple,  # a row of `ACTION_COLUMNS`
+    action: Any,  # a row of `ACTION_COLUMNS`
     row: int,  # of the first bar on or after the ex-date
     column: int,
     last: float,  # close before it, INR
 ) -> tuple[int, int, float, float]:  # `EVENT`
-    "One action as shares and cash: last = ratio * (last * factor + shift + dividend)."
+    "One action as shares and cash: last = ratio * (last * factor + shift) + dividend."
     shares = action.volume_factor if action.kind in ("split", "bonus") else 1.0
     level = last * action.price_factor + action.price_shift_inr
-    return row, column, shares, round(last / shares - level, 6)
+    return row, column, shares, round(last - shares * level, 6)
 
 
 def _events(
@@ -201,8 +202,10 @@ def _assemble(
     "A grid of finished arrays."
     session, minute, days = _clock(stamps)
     reference = _reference(wide[3], session, events)
-    clock = _stamps(stamps), session, minute, _stamps(days)
-    return Grid(symbols, *clock, *wide, events, reference)
+    moments, sessions = _stamps(stamps), _stamps(days)
+    columns = dict(zip(BAR_COLUMNS, wide, strict=True))
+    clock = symbols, moments, session, minute, sessions
+    return Grid(*clock, **columns, events=events, reference=reference)
 
 # %% ../../nbs/4_trading/44_grid.ipynb #229cc1df
 def wide_grid(
@@ -257,22 +260,17 @@ def tradable(
 ) -> tuple[np.ndarray, np.ndarray]:  # buyable, sellable: (n_bars, n_symbols) bool
     "Where an order to buy, and one to sell, could be filled."
     traded = grid.volume > 0
-    if not circuit_frac:
+    if not circuit_frac or not (traded & (grid.high == grid.low)).any():
         return traded, traded
-    locked = traded & (grid.high == grid.low)
-    if not locked.any():
-        return traded, traded
-    before, price = grid.reference[grid.session], grid.close
-    slack = np.maximum(0.05, before * 5e-4)
-    upper = locked & (price >= before * (1 + circuit_frac) - slack)
-    lower = locked & (price <= before * (1 - circuit_frac) + slack)
-    return traded & ~upper, traded & ~lower
+    before = grid.reference[grid.session]
+    locked = circuit_lock(grid.high, grid.low, before, circuit_frac)
+    return traded & (locked <= 0), traded & (locked >= 0)
 
 # %% ../../nbs/4_trading/44_grid.ipynb #dbc523cf
 def market_return(
     grid: Grid,
 ) -> np.ndarray:  # (n_sessions,) gross fraction
-    "Equal-weight mean of the symbols' returns, close to close; open to close where nothing was before."
+    "Equal-weight mean of the shares, close to close; open to close where nothing was before."
     n, k = len(grid.days), len(grid.symbols)
     last = np.full((n, k), np.nan)
     first, paid = last.copy(), np.zeros((n, k))
@@ -280,7 +278,7 @@ def market_return(
     last[grid.session[rows], columns] = grid.close[rows, columns]
     first[grid.session[rows[::-1]], columns[::-1]] = grid.open[rows[::-1], columns[::-1]]
     e = grid.events
-    np.add.at(paid, (grid.session[e["row"]], e["column"]), e["dividend"])
+    np.add.at(paid, (grid.session[e["row"]], e["column"]), e["dividend"] / e["ratio"])
     moved = (last + paid) / grid.reference - 1
     if np.isnan(moved[0]).all():
         moved[0] = last[0] / first[0] - 1
