@@ -33,7 +33,7 @@ from sensequant.backtest.optimizer import (
     read_space,
     reproduce,
 )
-from sensequant.backtest.search_files import config_lines, open_search, summarise, write_files
+from sensequant.govern.deployment import config_lines, open_search, summarise, write_files
 from sensequant.core.errors import DataError, GateError, SettingsError
 from sensequant.core.ledger import Ledger
 from sensequant.core.testing import sessions
