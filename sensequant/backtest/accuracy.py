@@ -474,6 +474,11 @@ class RunTraces:
     closes: pd.DataFrame  # last close of each session, a column a symbol
     predictions: pd.DataFrame  # PREDICTION_COLUMNS
 
+    @property
+    def both(self) -> dict[str, pd.DataFrame]:
+        "The traces of each by name, the candidate first."
+        return {"model": self.model, "baseline": self.baseline}
+
 
 def run_traces(
     run: Run,  # that has its predictions
