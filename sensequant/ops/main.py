@@ -12,6 +12,7 @@ from .broker_cli import breeze, sandbox
 from .cli import app
 from .collect_cli import books, sentiment
 from .data_cli import data
+from .judge_cli import backtest
 from .report_cli import report
 from .train_cli import bench, check, devices, export, train
 
@@ -21,6 +22,7 @@ data.command()(books)
 app.add_typer(data, name="data")
 app.add_typer(breeze, name="breeze")
 app.command()(sandbox)
+app.command()(backtest)
 app.command()(report)
 app.command()(devices)
 app.command()(export)
