@@ -33,10 +33,10 @@ from sensequant.backtest.optimizer import (
     read_space,
     reproduce,
 )
-from sensequant.govern.deployment import config_lines, open_search, summarise, write_files
 from sensequant.core.errors import DataError, GateError, SettingsError
 from sensequant.core.ledger import Ledger
 from sensequant.core.testing import sessions
+from sensequant.govern.deployment import config_lines, open_search, summarise, write_files
 
 DAYS = sessions(320)
 SAID = dict(
