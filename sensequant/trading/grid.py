@@ -291,6 +291,7 @@ class Signals(NamedTuple):
 
     want: np.ndarray  # (n_bars, n_symbols) int8: 1 long, 0 flat, -1 short
     confidence: np.ndarray  # (n_bars, n_symbols) in [0, 1]
+    strategy: str = ""  # whose wishes they are
 
 
 def lay(
@@ -315,6 +316,7 @@ def make_signals(
     grid: Grid,
     want: np.ndarray,  # (n_bars, n_symbols) numbers, 1, 0 or -1
     confidence: np.ndarray | float = 1.0,  # in [0, 1], of the same shape or one for all
+    strategy: str = "",  # whose wishes they are
 ) -> Signals:
     "Checked signals for the engines; NaN is no wish."
     wanted = np.asarray(want)
@@ -328,4 +330,4 @@ def make_signals(
     if not ((sure >= 0) & (sure <= 1) | (wanted == 0)).all():
         raise DataError("confidence must lie in [0, 1] wherever a position is wanted")
     shaped = np.ascontiguousarray(wanted, dtype=np.int8)
-    return Signals(shaped, np.ascontiguousarray(np.nan_to_num(sure)))
+    return Signals(shaped, np.ascontiguousarray(np.nan_to_num(sure)), strategy)

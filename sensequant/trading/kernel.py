@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['REASONS', 'REVERSAL', 'FLAT', 'STOP', 'TARGET', 'TIME', 'SQUARE_OFF', 'HALT', 'END', 'REJECTIONS', 'NO_MARKET',
            'LATE', 'HALTED', 'CAPS', 'CASH', 'VOLUME', 'SIZE', 'SLOT', 'ACCOUNT', 'TRADE', 'DAY', 'FAST', 'rates_of',
-           'flat_rates', 'Tape', 'Numbers', 'numbers_of', 'swings', 'make_tape', 'Book', 'make_book', 'Exit', 'play',
-           'checked', 'forget_stale']
+           'flat_rates', 'Tape', 'Numbers', 'numbers_of', 'swings', 'make_tape', 'with_signals', 'Book', 'make_book',
+           'Exit', 'play', 'checked', 'forget_stale']
 
 # %% ../../nbs/4_trading/45_kernel.ipynb #bfd3810f
 import math
@@ -17,6 +17,7 @@ import numpy as np
 from numba import njit
 
 from ..core.errors import DataError
+from ..core.types import BAR_COLUMNS
 from ..market import costs
 from ..market.costs import Product, charge_paise, rate_table, slipped_price, to_paise
 from . import portfolio, risk, sizing
@@ -158,14 +159,25 @@ def make_tape(
     rates: np.ndarray | None = None,  # int64 (n_sessions, 2, 2, 10); None for NSE's charges
 ) -> Tape:
     "Everything an engine reads."
-    if signals.want.shape != grid.shape or signals.confidence.shape != grid.shape:
-        raise DataError("signals must have the grid's shape", signals.want.shape, grid)
-    prices = grid.open, grid.high, grid.low, grid.close, grid.volume
-    clock = grid.session, grid.minute, grid.events
-    charged = rates_of(grid, rules) if rates is None else rates
-    numbers = numbers_of(rules, len(grid.symbols))
-    masks = tradable(grid, rules.circuit_frac)
-    return Tape(*prices, *masks, *clock, *signals, swings(grid, rules), charged, numbers)
+    buyable, sellable = tradable(grid, rules.circuit_frac)
+    tape = Tape(
+        **{name: getattr(grid, name) for name in (*BAR_COLUMNS, "session", "minute", "events")},
+        buyable=buyable,
+        sellable=sellable,
+        want=signals.want,
+        confidence=signals.confidence,
+        swing=swings(grid, rules),
+        rates=rates_of(grid, rules) if rates is None else rates,
+        rules=numbers_of(rules, len(grid.symbols)),
+    )
+    return with_signals(tape, signals)
+
+
+def with_signals(tape: Tape, signals: Signals) -> Tape:
+    "The same bars with other wishes."
+    if not signals.want.shape == signals.confidence.shape == tape.open.shape:
+        raise DataError("signals must have the grid's shape", signals.want.shape, tape.open.shape)
+    return tape._replace(want=signals.want, confidence=signals.confidence)
 
 # %% ../../nbs/4_trading/45_kernel.ipynb #1bd8438d
 SLOT = np.dtype(
