@@ -315,6 +315,7 @@ def _blocks_cost(
 def _field(
     series: list[pd.Series],  # that speak, the candidate first
     horizon: int,
+    lags: int | None = None,  # of the kernel; None: twice the horizon, or what the data bear
 ) -> _Field:
     "Series laid on the sessions that any of them has, with one block for all."
     table = pd.concat(series, axis=1, sort=True)
@@ -322,7 +323,7 @@ def _field(
     gaps = (table - table.mean()).fillna(0.0).to_numpy()
     asked = [block_length(s.to_numpy(), horizon) for s in series]
     block = min(max(asked[0], float(np.median(asked))), len(series[0]) / 4)
-    lags = max(2 * horizon, metrics.hac_lags(len(series[0])))
+    lags = lags or max(2 * horizon, metrics.hac_lags(len(series[0])))
     start, free = np.zeros((1, len(series))), np.ones((2, len(series))) * [[0.0], [1.0]]
     count = np.vstack([start, seen.cumsum(axis=0)])
     total = np.vstack([start, gaps.cumsum(axis=0)]) + count * table.mean().to_numpy()
