@@ -201,6 +201,7 @@ def read_space(
     return make_space(content, path)
 
 # %% ../../nbs/6_backtest/63_optimizer.ipynb #b47e7966
+optuna.logging.set_verbosity(optuna.logging.WARNING)  # a search tells its own story
 SAMPLERS = ("grid", "random", "tpe")
 _LARGEST_GRID = 1_000_000  # configurations; its order is kept in memory
 _DRAWS = 200  # without anything new, after which a space counts as exhausted
@@ -542,7 +543,6 @@ class SearchRecord:
         path: Path,  # of the SQLite file, made when missing
         space: Space,
     ):
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._spread = space.distributions()
         waits = {"connect_args": {"timeout": 60}}
         self._storage = optuna.storages.RDBStorage(f"sqlite:///{path}", engine_kwargs=waits)

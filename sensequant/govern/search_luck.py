@@ -152,10 +152,11 @@ def sentences(
         "probability; 0.95 would be convincing).",
         f"Probability of backtest overfitting {_known(luck['pbo'])} (noise gives about 0.5).",
     ]
+    base = luck["sharpe_forward_baseline"]
     if luck["sharpe_forward"] is not None:
         told.append(
-            f"Chosen fold by fold and held for the next one, the best so far made a Sharpe ratio of "
-            f"{_known(luck['sharpe_forward'])}, the baseline {_known(luck['sharpe_forward_baseline'])}."
+            "Chosen fold by fold and held for the next one, the best so far made a Sharpe ratio of "
+            f"{_known(luck['sharpe_forward'])}, the baseline {_known(base)}."
         )
     many = f"{luck['n_ledger']} trials on these symbols and sessions are in the ledger in all"
     return [*told, many + "; the gate counts every one of them."]
