@@ -326,8 +326,13 @@ class Evaluation:
 class Evaluator(Protocol):
     "A rule on a market, as the search sees it; picklable, and the same each time."
 
-    strategy: str
-    defaults: Params  # every parameter there is, with its value today
+    @property
+    def strategy(self) -> str:
+        "Its name."
+
+    @property
+    def defaults(self) -> Params:
+        "Every parameter there is, with its value today."
 
     def check(self, params: Params) -> None:
         "Refuse, as SettingsError, parameters that contradict each other; costs nothing."

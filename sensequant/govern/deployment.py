@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'DELTAS', 'NAMES', 'DeploymentTerms', 'thresholds', 'config_lines', 'results_table', 'flat_figures',
-           'sensitivity', 'summarise', 'markdown', 'compared', 'top_table', 'headline', 'luck_lines', 'report_text',
-           'limits_table', 'plan_text', 'write_files', 'FinishedSearch', 'open_search']
+           'sensitivity', 'summarise', 'markdown', 'compared', 'top_table', 'fold_table', 'confusion_change',
+           'headline', 'luck_lines', 'report_text', 'limits_table', 'plan_text', 'write_files', 'FinishedSearch',
+           'latest_search', 'open_search']
 
 # %% ../../nbs/7_govern/78_deployment.ipynb #5ceccdd7
 from collections.abc import Iterable, Mapping, Sequence
@@ -250,8 +251,31 @@ def top_table(
 
 
 def _value(value: Any) -> str:
-    "A parameter for a person."
+    "A parameter for a table; where it is to be typed, every digit is shown."
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+# %% ../../nbs/7_govern/78_deployment.ipynb #12dea3f8
+def fold_table(
+    summary: Mapping[str, Any],  # of `summarise`
+) -> pd.DataFrame:  # baseline and best score by fold, with the first and last session
+    "Where the improvement comes from."
+    best, base = summary["best"], summary["baseline"]
+    table = pd.DataFrame(best["folds"])[["fold", "test_first", "test_last", "score"]]
+    table = table.rename(columns={"score": "best"}).set_index("fold")
+    for name in ("test_first", "test_last"):
+        table[name] = table[name].astype(str).str[:10]
+    if base is not None:
+        table.insert(2, "baseline", [f["score"] for f in base["folds"]])
+    return table
+
+
+def confusion_change(
+    before: pd.DataFrame,  # (3, 3) counts of `accuracy.confusion`
+    after: pd.DataFrame,  # likewise
+) -> pd.DataFrame:  # (3, 3) percentage points of all predictions
+    "What is said more often than before when each thing happens."
+    shares = [t / max(int(t.to_numpy().sum()), 1) for t in (before, after)]
+    return (100 * (shares[1] - shares[0])).round(2)
 
 # %% ../../nbs/7_govern/78_deployment.ipynb #6126a20b
 def headline(
@@ -376,7 +400,7 @@ def _parameter_lines(summary: Mapping[str, Any]) -> list[str]:
     told = ["Recommended parameters, as lines of `.env`; those that differ are marked:", "", "```"]
     for name, value in best.items():
         mark = f"  # now {_value(base.get(name))}" if value != base.get(name) else ""
-        told.append(f"{known.get(name, name)}={_value(value)}{mark}")
+        told.append(f"{known.get(name, name)}={value}{mark}")
     return [
         *told,
         "```",
@@ -509,7 +533,7 @@ def _management(summary: Mapping[str, Any]) -> list[str]:
 
 def _commands(summary: Mapping[str, Any]) -> list[str]:
     "What to type."
-    sets = " ".join(f"--params {k}={_value(v)}" for k, v in summary["best"]["parameters"].items())
+    sets = " ".join(f"--params {k}={v}" for k, v in summary["best"]["parameters"].items())
     where = summary["run_id"]
     return [
         "## Quick reference",
@@ -554,6 +578,12 @@ class FinishedSearch:
     summary: dict[str, Any]  # optimization_summary.json
     lines: list[dict[str, Any]]  # configs.json
 
+    @property
+    def pair(self) -> list[str]:  # config_id of best, and of the baseline where it was measured
+        "Whose tables are compared."
+        found = (self.summary["best"], self.summary["baseline"])
+        return [x["config_id"] for x in found if x is not None]
+
     def table(self, config_id: str, name: str) -> pd.DataFrame:
         "`daily`, `trades` or `traces` of a configuration that was measured, out of fold."
         folder = self.folder / "telemetry" / config_id
@@ -562,8 +592,18 @@ class FinishedSearch:
         return pd.read_parquet(folder / f"{name}.parquet")
 
 
+def latest_search(
+    home: Path,  # folder of data
+) -> Path:
+    "The newest search that was not given a folder of its own."
+    held = sorted((Path(home) / "data" / "optimization").glob("run_*"))
+    if not held:
+        raise DataError("there must be a search", "none", home, "Name its folder")
+    return held[-1]
+
+
 def open_search(
-    folder: Path,  # of a finished search
+    folder: Path | str,  # of a finished search
 ) -> FinishedSearch:
     "Read a search; files that were changed since are refused."
     files = Artifacts(Path(folder))

@@ -168,7 +168,10 @@ def make_job(
 
     s, given, books = sought.asked.settings, sought.given, sought.asked.accounts[sought.strategy]
     space = make_space(sought.space, "--space")
-    about = {"market": market_of(opened.source, opened.simulated), "source": opened.source}
+    about: dict[str, Any] = {
+        "market": market_of(opened.source, opened.simulated),
+        "source": opened.source,
+    }
     about |= {"run": sought.asked.run_id, "benchmark": opened.benchmark and opened.benchmark[0]}
     index = opened.benchmark[1] if opened.benchmark else None
     rules = (rules_of(s), opened.market, about, accuracy_rules(s), index)
@@ -177,7 +180,11 @@ def make_job(
     asked = {k: given[k] for k in ("sampler", "objective", "max_configs")}
     named = {k: v if v is not None else getattr(s, f"search_{k}") for k, v in asked.items()}
     rate = given["telemetry_sample_rate"]
-    rest = {"seed": s.seed, "batch": s.search_batch, "min_trades": s.search_min_trades}
+    rest: dict[str, Any] = {
+        "seed": s.seed,
+        "batch": s.search_batch,
+        "min_trades": s.search_min_trades,
+    }
     rest["sample_frac"] = s.trace_sample_frac if rate is None else rate
     job = Job(evaluator, space, folds_of(sought, opened, purge), SearchPlan(**named, **rest))
     return job, max(purge, 1)
