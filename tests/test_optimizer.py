@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from sensequant.backtest.optimizer import (
     SAMPLERS,
@@ -37,6 +38,7 @@ from sensequant.core.errors import DataError, GateError, SettingsError
 from sensequant.core.ledger import Ledger
 from sensequant.core.testing import sessions
 from sensequant.govern.deployment import config_lines, open_search, summarise, write_files
+from sensequant.ops.main import app
 
 DAYS = sessions(320)
 SAID = dict(
@@ -313,3 +315,70 @@ def test_the_files_have_the_fields_that_others_read(tmp_path):
     assert len(back.table(lines[0]["config_id"], "traces")) == lines[0]["metrics"]["n_sessions"]
     never = [x for x in lines if "fast must be below slow" in x["reason"]]
     assert never and not any((tmp_path / "a/telemetry" / x["config_id"]).exists() for x in never)
+
+
+TRY = """
+parameters:
+  fast_sessions: {kind: int, low: 5, high: 25, step: 10}
+  slow_sessions: {kind: int, low: 30, high: 70, step: 20}
+"""
+
+
+@pytest.fixture(scope="module")
+def null_search(tmp_path_factory):
+    "A search from the command line on a market with nothing to find."
+    home = tmp_path_factory.mktemp("home")
+    (home / "space.yaml").write_text(TRY)
+    words = ["optimize", "--space", home / "space.yaml", "--sampler", "grid", "--max-configs", 8]
+    words += ["--source", "simulated", "--sim-symbols", 5, "--signal-ic", 0, "--seed", 3]
+    words += ["--start", "2022-01-03", "--end", "2024-12-31", "--capital", 1_000_000]
+    words += ["--set", "search_train_sessions=100", "--telemetry-sample-rate", 0.5]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SENSEQUANT_HOME", str(home))
+        done = CliRunner().invoke(app, [*map(str, words), "--output-dir", str(home / "found")])
+    assert done.exit_code == 0, done.output
+    return home, done.output
+
+
+def test_the_best_of_a_null_market_is_luck_and_said_to_be(null_search):
+    home, told = null_search
+    summary = open_search(home / "found").summary
+    best, base = summary["best"], summary["baseline"]
+    assert best["score"] > base["score"], "a search always finds something better"
+    assert summary["luck"]["is_luck"] and summary["luck"]["p_improvement"] > 0.05
+    assert "is not told apart from luck" in told
+    for name in ("accuracy_report.md", "deployment_plan.md"):
+        assert "not told apart from luck" in (home / "found" / name).read_text()
+    assert summary["luck"]["n_configs"] == 9 == summary["luck"]["n_ledger"]
+
+
+def test_the_holdout_is_not_read(null_search):
+    home, _ = null_search
+    found = open_search(home / "found")
+    held = pd.Timestamp("2024-12-31", tz="Asia/Kolkata") - pd.Timedelta(days=120)
+    assert pd.Timestamp(found.summary["date_range"]["end"]) < held
+    ledger = Ledger(home / "data/state/ledger.db")
+    assert ledger.verify().intact
+    last = pd.Timestamp(found.summary["date_range"]["end"]).date()
+    rows = [ledger.trial(line["ledger_row"]) for line in found.lines]
+    assert {row.last for row in rows} == {last} and {row.source for row in rows} == {"optimizer"}
+
+
+def test_telemetry_is_sampled_and_apart(null_search):
+    home, _ = null_search
+    found = open_search(home / "found")
+    for line in found.lines:
+        kept, all_ = len(found.table(line["config_id"], "traces")), line["accuracy_metrics"]
+        assert 0.3 < kept / all_["n_traces"] < 0.7
+        assert len(found.table(line["config_id"], "trades")) == line["metrics"]["total_trades"]
+
+
+@pytest.mark.slow
+def test_the_report_of_a_search_is_made(null_search, monkeypatch):
+    home, _ = null_search
+    monkeypatch.setenv("SENSEQUANT_HOME", str(home))
+    words = ["report", str(home / "found"), "optimization", "--format", "html"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    page = (home / "found/optimization.html").read_text()
+    assert "not told apart from luck" in page and page.count("data:image/png") >= 7
