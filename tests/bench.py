@@ -85,9 +85,10 @@ def make_run(folder: Path, watch: Stopwatch) -> Run:
 
 def bench_replication(watch: Stopwatch) -> dict[str, float]:
     """One market of a calibration, 60 symbols by 740 sessions, as the settings would train it."""
-    plan = plan_of(load_settings(sim_symbols=60), "null", naive=False)
+    settings = load_settings(sim_symbols=60)
+    plan = plan_of(settings, "null", naive=False)
     with watch.timed("calibration, one market", f"60 symbols x {len(plan.days)} sessions"):
-        answer = replicate(plan, 900, production_judge())
+        answer = replicate(plan, 900, production_judge(settings))
     return {"one calibration market / 25 s (CPU; at most 1)": answer.cpu_s / 25}
 
 
