@@ -91,6 +91,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'sensequant/backtest/calibration.py'),
                                                  'sensequant.backtest.calibration.make_market': ( '6_backtest/calibration.html#make_market',
                                                                                                   'sensequant/backtest/calibration.py'),
+                                                 'sensequant.backtest.calibration.mirrored': ( '6_backtest/calibration.html#mirrored',
+                                                                                               'sensequant/backtest/calibration.py'),
                                                  'sensequant.backtest.calibration.naive_gate': ( '6_backtest/calibration.html#naive_gate',
                                                                                                  'sensequant/backtest/calibration.py'),
                                                  'sensequant.backtest.calibration.panel_facts': ( '6_backtest/calibration.html#panel_facts',

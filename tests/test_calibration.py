@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom, binomtest
 from statsmodels.stats.proportion import proportion_confint
 
-from sensequant.backtest import certificate
+from sensequant.backtest import calibration, certificate
 from sensequant.backtest.calibration import (
     Plan,
     Replication,
@@ -182,8 +182,19 @@ def test_labels_of_another_time_hide_a_signal_that_is_there(tmp_path):
     found = [replicate(plan, seed) for seed in range(3)]
     assert len({make_market(plan, seed).shift for seed in range(3)}) == 3
     assert max(abs(a.rank_ic_t) for a in found) < 3.3
-    close = replicate(replace(plan, market="bootstrap", block_sessions=500.0), 1)
-    assert close.rank_ic_t > 5  # the same bars in one piece or two
+
+
+def test_mirrored_bars_hold_no_signal_and_bars_in_long_blocks_hold_all(tmp_path, monkeypatch):
+    "The same planted bars in one piece or two: mirrored at random dates, or left alone."
+    folder = written(tmp_path, made_panel(0.4, 8))
+    span = {"start": date(2022, 1, 3), "end": date(2023, 3, 31)}
+    plan = Plan("bootstrap", 0.0, 8, **span, warmup_days=150, recipe=RECIPE, folder=folder)
+    plan = replace(plan, block_sessions=500.0)
+    for symbol, frame in make_market(plan, 1).held.items():
+        check_bars(frame, symbol)
+    assert max(abs(replicate(plan, seed).rank_ic_t) for seed in range(3)) < 3.3
+    monkeypatch.setattr(calibration, "mirrored", lambda moves, turn: moves)
+    assert replicate(plan, 1).rank_ic_t > 5
 
 
 def test_real_bars_that_are_too_few_are_refused(tmp_path):
