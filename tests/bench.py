@@ -20,7 +20,9 @@ from bench_fetch import bench_fetch
 from bench_learn import bench_learn
 
 from sensequant.backtest.backtester import long_flat
+from sensequant.backtest.calibration import replicate
 from sensequant.backtest.stat_tests import stat_tests
+from sensequant.core.settings import load_settings
 from sensequant.core.types import Interval
 from sensequant.data.bars import BarStore
 from sensequant.data.feeds import SimulatedFeed
@@ -32,6 +34,7 @@ from sensequant.learn.predictions import chain_predictions
 from sensequant.learn.records import count_outcomes
 from sensequant.learn.tables import Recipe, symbol_table
 from sensequant.market.simulator import MarketSpec, simulate
+from sensequant.ops.calibrate_cli import plan_of, production_judge
 
 MARKET = MarketSpec(20, date(2021, 7, 5), date(2024, 12, 31))
 RECIPE = Recipe()
@@ -80,6 +83,15 @@ def make_run(folder: Path, watch: Stopwatch) -> Run:
     return run
 
 
+def bench_replication(watch: Stopwatch) -> dict[str, float]:
+    """One market of a calibration, 60 symbols by 740 sessions, as the settings would train it."""
+    settings = load_settings(sim_symbols=60)
+    plan = plan_of(settings, "null", naive=False)
+    with watch.timed("calibration, one market", f"60 symbols x {len(plan.days)} sessions"):
+        answer = replicate(plan, 900, production_judge(settings))
+    return {"one calibration market / 25 s (CPU; at most 1)": answer.cpu_s / 25}
+
+
 def main() -> None:
     """Time the default run's work, piece by piece, and print ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -120,6 +132,7 @@ def main() -> None:
     ratios |= bench_learn(Path(tempfile.mkdtemp()), watch, symbols)
     ratios |= bench_store(Path(tempfile.mkdtemp()), watch)
     ratios |= bench_fetch(Path(tempfile.mkdtemp()), watch)
+    ratios |= bench_replication(watch)
     print(watch.table().to_string(), "\n")
     for name, value in ratios.items():
         print(f"{name:<58}{value:8.3f}")

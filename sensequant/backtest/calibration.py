@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FACTS', 'GARCH_SYMBOLS', 'REAL_FACTS', 'FITTED', 'PRICES', 'USUAL_SPAN', 'LEAST_HISTORY', 'FEATURE_MEMORY', 'MARKETS',
            'Judge', 'NAIVE_BAR', 'NAIVE_AGREEMENT', 'HELD_OUT', 'panel_facts', 'compare_panels', 'DateRows',
-           'date_rows', 'block_order', 'rebuilt_bars', 'shifted_labels', 'Plan', 'MadeMarket', 'real_rows',
+           'date_rows', 'block_order', 'rebuilt_bars', 'mirrored', 'shifted_labels', 'Plan', 'MadeMarket', 'real_rows',
            'make_market', 'begin_run', 'learn_and_predict', 'Judged', 'RankIcVerdict', 'rank_ic_judge', 'above_zero',
            'naive_gate', 'Replication', 'replicate']
 
@@ -155,10 +155,11 @@ class DateRows:
     price_inr: np.ndarray  # (k,) last close
     shares: np.ndarray  # (k,) median volume
 
-    def chosen(self, symbols: np.ndarray) -> "DateRows":
-        "The same dates of some symbols, by position."
-        more = self.price_inr[symbols], self.shares[symbols]
-        return DateRows(self.sessions, self.moves[:, symbols], self.activity[:, symbols], *more)
+    def chosen(self, symbols: np.ndarray, turn: np.ndarray) -> "DateRows":
+        "The same dates of some symbols, by position, some dates mirrored."
+        moves = mirrored(self.moves[:, symbols], turn)
+        more = self.activity[:, symbols], self.price_inr[symbols], self.shares[symbols]
+        return DateRows(self.sessions, moves, *more)
 
 # %% ../../nbs/6_backtest/66_calibration.ipynb #63597f30
 def date_rows(
@@ -215,6 +216,19 @@ def rebuilt_bars(
         made[f"REAL{k + 1:03d}"] = pd.DataFrame(columns, index=index)
     return made
 
+# %% ../../nbs/6_backtest/66_calibration.ipynb #9906157c
+def mirrored(
+    moves: np.ndarray,  # (n, k, 4) log of open, high, low and close over the last close
+    turn: np.ndarray,  # (n,) bool, dates to be mirrored
+) -> np.ndarray:  # (n, k, 4)
+    "Moves with each symbol's distance from the mean of all turned round; wicks change places."
+    body = moves[..., [0, 3]]
+    other = 2 * body.mean(axis=1, keepdims=True) - body
+    above, below = moves[..., 1] - body.max(axis=-1), body.min(axis=-1) - moves[..., 2]
+    high, low = other.max(axis=-1) + below, other.min(axis=-1) - above
+    image = np.stack([other[..., 0], high, low, other[..., 1]], axis=-1)
+    return np.where(turn[:, None, None], image, moves)
+
 # %% ../../nbs/6_backtest/66_calibration.ipynb #dbf762e5
 FEATURE_MEMORY = 120  # sessions, twice the longest span; an average of 26 has then kept 0.01 %
 
@@ -244,8 +258,8 @@ def shifted_labels(
 MARKETS = {  # what is known of each
     "null": "simulated, nothing to find",
     "fitted": "simulated with real clustering and tails, nothing to find",
-    "bootstrap": "real bars, dates in blocks in another order",
-    "shifted": "real bars, labels of another time",
+    "bootstrap": "real bars, dates in blocks in another order, mirrored at random",
+    "shifted": "real bars in order, mirrored at random, labels of another time",
     "planted": "simulated, with a signal planted",
 }
 
@@ -340,12 +354,13 @@ def real_rows(
 
 
 def _sized(rows: DateRows, plan: Plan, rng: np.random.Generator) -> DateRows:
-    "As many symbols as the plan asks for, drawn anew for each seed."
+    "As many symbols as the plan asks for and dates mirrored, both drawn anew for each seed."
     n, k = rows.activity.shape
     if k < plan.symbols or n < len(plan.days):
         must = f"real bars must hold {plan.symbols} symbols and {len(plan.days)} common sessions"
         raise DataError(must, f"{k} and {n}", plan.folder, "Take fewer symbols or a shorter range")
-    return rows.chosen(np.sort(rng.permutation(k)[: plan.symbols]))
+    turn = np.asarray(rng.random(n) < 0.5)
+    return rows.chosen(np.sort(rng.permutation(k)[: plan.symbols]), turn)
 
 # %% ../../nbs/6_backtest/66_calibration.ipynb #07318e7e
 def _bootstrap(plan: Plan, seed: int) -> MadeMarket:

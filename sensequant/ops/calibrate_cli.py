@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,11 +37,11 @@ from sensequant.ops.cli import (
 )
 
 # %% ../../nbs/9_ops/913_calibrate_cli.ipynb #8a3797aa
-def production_judge() -> Any:  # a Judge
-    "Who says yes or no in a run."
+def production_judge(settings: Settings) -> Any:  # a Judge, importable by workers
+    "Who says yes or no in a run with these settings."
     from sensequant.backtest.calibration import rank_ic_judge
 
-    return rank_ic_judge
+    return partial(rank_ic_judge, horizon=settings.horizon_days)
 
 
 def _student_rules(settings: Settings, config: dict[str, Any]) -> Any:  # StudentRules
@@ -181,6 +182,7 @@ class Order:
 
     plan: Any  # Plan
     campaign: Any  # Campaign
+    judge: Any  # Judge
     bound: Any  # Bound
     folder: Path  # of all campaigns
     certificate: Path | None  # where it goes, None without `--certify`
@@ -202,9 +204,10 @@ def read_order(
     if not given["resume"] and (own / ANSWERS).is_file():
         raise SettingsError("a new campaign must have an empty folder", "answers", own, "--resume")
     sizes = (given["replications"], given["first_seed"], settings.workers)
-    bound = bind(settings, production_judge(), plan.recipe.scope)
+    judge = production_judge(settings)
+    bound = bind(settings, judge, plan.recipe.scope)
     target = (given["certificate"] or CERTIFICATE) if given["certify"] else None
-    return Order(plan, Campaign(own, *sizes), bound, folder, target)
+    return Order(plan, Campaign(own, *sizes), judge, bound, folder, target)
 
 # %% ../../nbs/9_ops/913_calibrate_cli.ipynb #45509d80
 def _measure(order: Order) -> int:  # exit code
@@ -219,7 +222,7 @@ def _measure(order: Order) -> int:  # exit code
     say(f"{order.plan.market}: {len(seeds) - done:,} markets to make, {done:,} found done")
     tally = Tally(done, len(seeds))
     try:
-        run_campaign(order.plan, order.campaign, order.bound, production_judge(), tally)
+        run_campaign(order.plan, order.campaign, order.bound, order.judge, tally)
     finally:
         tally.progress.stop()
     held = [read_campaign(f) for f in campaigns_in(order.folder)]
