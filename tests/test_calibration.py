@@ -32,7 +32,7 @@ from sensequant.backtest.calibration import (
     rebuilt_bars,
     replicate,
 )
-from sensequant.backtest.certificate import (
+from sensequant.govern.certificate import (
     ANSWERS,
     Campaign,
     bind,

@@ -37,7 +37,7 @@ from sensequant.backtest.optimizer import (
 from sensequant.core.errors import DataError, GateError, SettingsError
 from sensequant.core.ledger import Ledger
 from sensequant.core.testing import sessions
-from sensequant.govern.deployment import config_lines, open_search, summarise, write_files
+from sensequant.ops.deployment import config_lines, open_search, summarise, write_files
 from sensequant.ops.main import app
 
 DAYS = sessions(320)

@@ -9,6 +9,7 @@ __all__ = ['main']
 import sys
 
 from .broker_cli import breeze, sandbox
+from .calibrate_cli import calibrate
 from .cli import app
 from .collect_cli import books, sentiment
 from .data_cli import data
@@ -26,6 +27,7 @@ app.command()(sandbox)
 app.command()(backtest)
 app.command()(optimize)
 app.command()(report)
+app.command()(calibrate)
 app.command()(devices)
 app.command()(export)
 app.add_typer(train, name="train")

@@ -218,7 +218,7 @@ def _show(table: Any) -> None:
 
 def tell(summary: Mapping[str, Any], folder: Path) -> None:
     "The closing block."
-    from sensequant.govern.deployment import compared, headline
+    from sensequant.ops.deployment import compared, headline
 
     states = ", ".join(f"{n} {state}" for state, n in summary["states"].items())
     say(f"\n{headline(summary)}")
@@ -235,8 +235,8 @@ def _search(sought: Sought, opened: Opened, meter: Meter) -> int:  # exit code
     "Search to the end, and leave the files."
     from sensequant.backtest.optimizer import Search
     from sensequant.core.ledger import Ledger, ledger_path
-    from sensequant.govern.deployment import config_lines, summarise, write_files
-    from sensequant.govern.search_luck import luck_of, search_series
+    from sensequant.ops.deployment import config_lines, summarise, write_files
+    from sensequant.ops.search_luck import luck_of, search_series
 
     job, horizon = make_job(sought, opened)
     settings, ledger = sought.asked.settings, Ledger(ledger_path(sought.asked.settings.home))
