@@ -32,6 +32,10 @@ from sensequant.backtest.calibration import (
     rebuilt_bars,
     replicate,
 )
+from sensequant.core.errors import DataError, GateError, SettingsError
+from sensequant.core.events import append_lines, json_bytes
+from sensequant.core.settings import load_settings
+from sensequant.data.bars import check_bars
 from sensequant.govern.certificate import (
     ANSWERS,
     Campaign,
@@ -46,10 +50,6 @@ from sensequant.govern.certificate import (
     read_campaign,
     upper_bound,
 )
-from sensequant.core.errors import DataError, GateError, SettingsError
-from sensequant.core.events import append_lines, json_bytes
-from sensequant.core.settings import load_settings
-from sensequant.data.bars import check_bars
 from sensequant.learn.tables import Recipe, WindowSpec
 from sensequant.learn.teacher import TeacherSpec
 from sensequant.market.simulator import MarketSpec, simulate
