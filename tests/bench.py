@@ -19,7 +19,7 @@ from bench_data import bench_store
 from bench_fetch import bench_fetch
 from bench_learn import bench_learn
 
-from sensequant.backtest.backtester import long_flat
+from sensequant.backtest.accounts import trade_scores
 from sensequant.backtest.calibration import replicate
 from sensequant.backtest.stat_tests import stat_tests
 from sensequant.core.settings import load_settings
@@ -35,6 +35,8 @@ from sensequant.learn.records import count_outcomes
 from sensequant.learn.tables import Recipe, symbol_table
 from sensequant.market.simulator import MarketSpec, simulate
 from sensequant.ops.calibrate_cli import plan_of, production_judge
+from sensequant.trading.risk import Rules
+from sensequant.trading.strategies import Model
 
 MARKET = MarketSpec(20, date(2021, 7, 5), date(2024, 12, 31))
 RECIPE = Recipe()
@@ -121,7 +123,7 @@ def main() -> None:
         predictions = chain_predictions(run, RECIPE)
     said["amount"] = f"{len(predictions):,} rows of {count_outcomes(students)['success']} students"
     with watch.timed("backtest", f"{predictions['ts'].nunique()} sessions x 20"):
-        daily = long_flat(predictions, bars)
+        daily = trade_scores(predictions, bars, Rules(1e7), Model()).daily
     with watch.timed("statistics", "2,000 resamples"):
         stat_tests(daily, predictions, horizon=5, seed=1)
     ratios = {

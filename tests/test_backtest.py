@@ -1,18 +1,14 @@
 """Backtest, statistics and gate: independent twins, laws, and the size of the bootstrap."""
 
 import json
-from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.stats import beta as beta_distribution
 
 from sensequant.backtest import charts, metrics
-from sensequant.backtest.backtester import DAILY_COLUMNS, LongFlatRule, long_flat, wanted
-from sensequant.backtest.gate import preliminary_gate
+from sensequant.backtest.accounts import trade_scores
 from sensequant.backtest.stat_tests import (
     BASELINE_KEYS,
     Resampling,
@@ -23,6 +19,8 @@ from sensequant.backtest.stat_tests import (
 from sensequant.core.errors import DataError
 from sensequant.core.plots import png
 from sensequant.core.testing import expect_fail, random_bars, sessions
+from sensequant.trading.risk import Rules
+from sensequant.trading.strategies import Model
 
 # --- metrics -------------------------------------------------------------------------------------
 
@@ -93,194 +91,6 @@ def test_rank_ic_is_pandas_spearman_on_every_date():
     pd.testing.assert_series_equal(ours, theirs, check_names=False, check_freq=False)
 
 
-# --- backtester ----------------------------------------------------------------------------------
-
-
-def ragged_market(seed, n=60, symbols=5):
-    "Bars with missing sessions and late listings, and predictions with gaps."
-    rng = np.random.default_rng(seed)
-    bars, rows = {}, []
-    for i in range(symbols):
-        frame = random_bars(n, seed=1000 * seed + i)
-        keep = rng.random(n) > 0.15
-        keep[: rng.integers(0, 10)] = False
-        bars[f"S{i}"] = frame = frame[keep]
-        spoken = frame.index[rng.random(len(frame)) > 0.2][:-1]
-        score = np.clip(rng.normal(0.05, 0.2, len(spoken)), -1, 1)
-        rows.append(pd.DataFrame({"symbol": f"S{i}", "ts": spoken, "score": score}))
-    return bars, pd.concat(rows, ignore_index=True)
-
-
-def clerk(predictions, bars, rule):
-    "The same account kept by hand: session by session, shares and cash, one symbol after another."
-    symbols = sorted(predictions["symbol"].unique())
-    said = predictions.set_index(["symbol", "ts"])["score"].to_dict()
-    days = sorted(set().union(*(bars[s].index for s in symbols)))
-    cost, capital = rule.cost_bps_per_side / 1e4, 1 / len(symbols)
-    cash, shares = dict.fromkeys(symbols, capital), dict.fromkeys(symbols, 0.0)
-    mark, wish = dict.fromkeys(symbols, 0.0), dict.fromkeys(symbols, False)
-    rows, before, started = {}, 1.0, min(t for _, t in said)
-    for day in days:
-        traded = 0.0
-        for s in symbols:
-            if day not in bars[s].index:
-                continue
-            bar = bars[s].loc[day]
-            if wish[s] and not shares[s]:
-                shares[s], cash[s] = cash[s] / (1 + cost) / bar["open"], 0.0
-                traded += shares[s] * bar["open"]
-            elif shares[s] and not wish[s]:
-                traded += shares[s] * bar["open"]
-                cash[s], shares[s] = shares[s] * bar["open"] * (1 - cost), 0.0
-            mark[s], score = bar["close"], said.get((s, day))
-            if score is None or score < rule.exit_score:
-                wish[s] = False
-            elif score > rule.entry_score:
-                wish[s] = True
-        equity = sum(cash[s] + shares[s] * mark[s] for s in symbols)
-        if day > started:
-            rows[day] = (equity / before - 1, traded / before, sum(v > 0 for v in shares.values()))
-        before = equity
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["net", "turnover", "held"])
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_a_clerk_with_cash_and_shares_keeps_the_same_account(seed):
-    bars, predictions = ragged_market(seed)
-    rule = LongFlatRule(0.1, 0.0, 35.0)
-    daily = long_flat(predictions, bars, rule)
-    by_hand = clerk(predictions, bars, rule).loc[: daily.index[-1]]
-    assert list(by_hand.index) == list(daily.index)
-    inner = slice(0, -1)  # on the last day the backtester sells out
-    np.testing.assert_allclose(daily["net_return"][inner], by_hand["net"][inner], atol=1e-13)
-    np.testing.assert_allclose(daily["turnover"][inner], by_hand["turnover"][inner], atol=1e-13)
-    end = by_hand["net"].iloc[-1] + 1  # what is still held is sold at its last mark, with cost
-    sold_out = (1 + daily["net_return"].iloc[-1]) / end
-    sold = daily["turnover"].iloc[-1] - by_hand["turnover"].iloc[-1]
-    assert sold_out == pytest.approx(1 - rule.cost_frac * sold / end, abs=1e-13)
-    assert (sold > 1e-13) == (daily["n_held"].iloc[-1] > 0)
-    assert daily["n_held"].tolist() == by_hand["held"].tolist()
-    assert daily["cost"].equals(daily["turnover"] * rule.cost_frac)
-
-
-def test_the_account_ends_when_the_last_opinion_is_carried_out():
-    bars = {"A": random_bars(30, seed=1)}
-    index = bars["A"].index
-    said = pd.DataFrame({"symbol": "A", "ts": index[5:8], "score": [0.5, 0.5, 0.5]})
-    daily = long_flat(said, bars)
-    assert (daily.index[0], daily.index[-1]) == (index[6], index[9])  # sold at the open of 9
-    assert daily["n_held"].tolist() == [1, 1, 1, 0]
-    unwanted = long_flat(said.assign(score=-0.5), bars)
-    assert (unwanted.index[0], unwanted.index[-1]) == (index[6], index[8])
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.one_of(st.floats(-1, 1), st.just(np.nan)), min_size=1, max_size=60))
-def test_wishes_follow_the_rule_bar_by_bar(scores):
-    rule, state, expected = LongFlatRule(), False, []
-    for score in scores:
-        if np.isnan(score) or score < rule.exit_score:
-            state = False
-        elif score > rule.entry_score:
-            state = True
-        expected.append(state)
-    assert wanted(np.array(scores), rule).tolist() == expected
-
-
-def test_costs_only_ever_hurt():
-    bars, predictions = ragged_market(3, n=200)
-    ends = [
-        (1 + long_flat(predictions, bars, LongFlatRule(cost_bps_per_side=c))["net_return"]).prod()
-        for c in (0, 1, 5, 12, 50, 200)
-    ]
-    assert ends == sorted(ends, reverse=True) and len(set(ends)) == len(ends)
-    free = long_flat(predictions, bars, LongFlatRule(cost_bps_per_side=0))
-    np.testing.assert_allclose(free["net_return"], free["gross_return"], atol=1e-15)
-
-
-def test_never_wanted_is_cash_and_always_wanted_is_the_share():
-    bars, predictions = ragged_market(4, n=200)
-    out = long_flat(predictions.assign(score=-1.0), bars)
-    assert (out[["net_return", "gross_return", "exposure", "turnover", "cost"]] == 0).all(axis=None)
-    full = {s: random_bars(150, seed=i) for i, s in enumerate("ABC")}
-    every = pd.concat(pd.DataFrame({"symbol": s, "ts": b.index}) for s, b in full.items())
-    daily = long_flat(every.assign(score=1.0), full, LongFlatRule(cost_bps_per_side=0))
-    slots = [b["close"].iloc[1:] / b["open"].iloc[1] for b in full.values()]
-    np.testing.assert_allclose(
-        (1 + daily["net_return"]).cumprod(), np.mean(slots, axis=0), rtol=1e-12
-    )
-    assert (daily["exposure"] == 1).all()
-
-
-@pytest.mark.parametrize("cut", [20, 35, 50])
-def test_what_comes_later_changes_nothing_before(cut):
-    bars, predictions = ragged_market(5)
-    rng, day = np.random.default_rng(cut), sessions(60)[cut]
-    whole = long_flat(predictions, bars)
-    noisy = {s: b.assign(**{c: b[c].astype(float) for c in b}) for s, b in bars.items()}
-    for frame in noisy.values():
-        late = frame.index >= day
-        frame.loc[late] *= rng.uniform(0.5, 2, (late.sum(), 5))
-    changed = predictions["score"].where(predictions["ts"] < day, -predictions["score"])
-    other = long_flat(predictions.assign(score=changed), noisy)
-    early = whole.index < day
-    pd.testing.assert_frame_equal(whole[early], other.loc[whole.index[early]])
-    assert not whole[~early].equals(other.reindex(whole.index[~early]))
-
-
-def test_a_signal_one_bar_late_is_filled_one_bar_late():
-    bars = {"A": random_bars(200, seed=9)}
-    index, score = bars["A"].index, np.random.default_rng(2).uniform(-0.3, 0.3, 200)
-    on_time = pd.DataFrame({"symbol": "A", "ts": index[:150], "score": score[:150]})
-    late = on_time.assign(ts=index[1:151])
-    held, held_late = (long_flat(p, bars)["n_held"].to_numpy() for p in (on_time, late))
-    n = min(len(held), len(held_late))
-    assert held[:n].tolist() == held_late[:n].tolist()
-    assert (long_flat(late, bars).index[0] - long_flat(on_time, bars).index[0]).days >= 1
-
-
-def test_an_oracle_earns_massively_and_noise_pays_its_costs():
-    bars = {f"S{i}": random_bars(500, seed=i) for i in range(8)}
-    knows = pd.concat(
-        {s: np.sign(b["open"].shift(-2) / b["open"].shift(-1) - 1) for s, b in bars.items()},
-        names=["symbol"],
-    )
-    oracle = knows.rename("score").reset_index().dropna()
-    rng = np.random.default_rng(0)
-    noise = oracle.assign(score=rng.permutation(oracle["score"].to_numpy()))
-    free = LongFlatRule(cost_bps_per_side=0)
-    assert metrics.sharpe(long_flat(oracle, bars, free)["net_return"], 252) > 10
-    assert abs(metrics.sharpe(long_flat(noise, bars, free)["net_return"], 252)) < 2
-    paid = long_flat(noise, bars)
-    assert paid["gross_return"].sum() - paid["net_return"].sum() > 0.2
-
-
-def test_order_of_rows_and_zone_of_times_do_not_matter():
-    bars, predictions = ragged_market(6)
-    whole = long_flat(predictions, bars)
-    mixed = predictions.sample(frac=1, random_state=3)
-    mixed["ts"] = mixed["ts"].dt.tz_convert("UTC")
-    pd.testing.assert_frame_equal(long_flat(mixed, bars), whole)
-    pd.testing.assert_frame_equal(long_flat(predictions, bars | {"X": bars["S0"]}), whole)
-    assert tuple(whole.columns) == DAILY_COLUMNS and whole.index.name == "ts"
-
-
-def test_half_hour_bars_are_marked_by_the_day():
-    rng = np.random.default_rng(1)
-    times = pd.DatetimeIndex(
-        [d + pd.Timedelta(minutes=555 + 30 * k) for d in sessions(20) for k in range(13)], name="ts"
-    )
-    close = 100 * np.exp(np.cumsum(rng.normal(0, 0.003, len(times))))
-    open_ = np.r_[100, close[:-1]]
-    bars = {"A": pd.DataFrame({"open": open_, "close": close}, index=times)}
-    said = pd.DataFrame({"symbol": "A", "ts": times, "score": 1.0})
-    daily = long_flat(said, bars, LongFlatRule(cost_bps_per_side=0))
-    assert len(daily) == 20
-    by_day = bars["A"]["close"].groupby(times.normalize()).last()
-    np.testing.assert_allclose((1 + daily["net_return"]).cumprod(), by_day / open_[1], rtol=1e-12)
-    assert daily["n_symbols"].tolist() == [1] * 20
-
-
 # --- statistics ----------------------------------------------------------------------------------
 
 
@@ -300,7 +110,7 @@ def tested():
         )
         for s, b in bars.items()
     )
-    daily = long_flat(predictions, bars)
+    daily = trade_scores(predictions, bars, Rules(1e6, max_volume_frac=1.0), Model()).daily
     answer = stat_tests(daily, predictions, horizon=5, seed=1, bootstrap_samples=200)
     return daily, predictions, answer
 
@@ -423,63 +233,6 @@ def test_blocks_keep_days_together():
     exact = bootstrap_alpha(0.0003 + 0.5 * x, x, plan.drawn(x))
     np.testing.assert_allclose(exact, 0.0003, atol=1e-15)
     assert np.isfinite(bootstrap_sharpe(np.r_[0.01, np.zeros(199)], plan.drawn(x))).all()
-
-
-# --- gate ----------------------------------------------------------------------------------------
-
-WINDOWS = {"n_success": 40, "n_failed": 2, "max_failure_rate": 0.15}
-junk = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.text(max_size=3), st.floats(), st.integers()),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3),
-        st.dictionaries(st.sampled_from(["n_sessions", "alpha", "interval", "confidence"]), inner),
-    ),
-    max_leaves=8,
-)
-
-
-@settings(max_examples=200, deadline=None)
-@given(junk)
-def test_junk_never_passes_and_always_says_why(stats):
-    verdict = preliminary_gate(**WINDOWS, stats=stats)
-    assert not verdict.passed and verdict.reasons
-    json.dumps(asdict(verdict))
-
-
-@pytest.mark.parametrize("lost", ["n_sessions", "confidence", "alpha"])
-@pytest.mark.parametrize("value", ["gone", None, float("nan"), True, "0.95", [], {}])
-def test_any_one_piece_of_evidence_that_is_lost_refuses(lost, value):
-    stats = {"n_sessions": 300, "confidence": 0.95, "alpha": {"interval": [0.001, 0.002]}}
-    assert preliminary_gate(**WINDOWS, stats=stats).passed
-    stats |= {lost: value}
-    if value == "gone":
-        del stats[lost]
-    verdict = preliminary_gate(**WINDOWS, stats=stats)
-    assert not verdict.passed and len(verdict.reasons) == 1
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    n=st.integers(0, 500),
-    low=st.floats(-0.01, 0.01),
-    ok=st.integers(0, 50),
-    failed=st.integers(0, 50),
-)
-def test_a_verdict_passes_exactly_when_all_four_hold(n, low, ok, failed):
-    stats = {"n_sessions": n, "confidence": 0.95, "alpha": {"interval": [low, 0.02]}}
-    verdict = preliminary_gate(n_success=ok, n_failed=failed, max_failure_rate=0.15, stats=stats)
-    holds = n >= 250 and low > 0 and ok >= 1 and failed <= 0.15 * (ok + failed) + 1e-12
-    assert verdict.passed == holds
-    assert bool(verdict.reasons) != verdict.passed
-    assert "not calibrated" in verdict.kind
-
-
-def test_the_gate_reads_what_the_statistics_write(tested):
-    daily, _, answer = tested
-    verdict = preliminary_gate(**WINDOWS, stats=json.loads(json.dumps(answer)))
-    found = {c.name: c.found for c in verdict.checks}
-    assert found["oos_sessions"] == str(len(daily))
-    assert found["net_alpha"] == f"{answer['alpha']['interval'][0] * 1e4:.2f} basis points"
 
 
 # --- charts --------------------------------------------------------------------------------------

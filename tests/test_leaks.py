@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from sensequant.backtest.backtester import LongFlatRule, long_flat
+from sensequant.backtest.accounts import trade_scores
 from sensequant.backtest.metrics import ic_by_date, rank_ic
 from sensequant.core.testing import test_causal as require_causal
 from sensequant.core.types import Interval
@@ -39,6 +39,8 @@ from sensequant.learn.tables import (
 )
 from sensequant.learn.teacher import TeacherSpec, fit_teacher, out_of_fold, pack_teacher
 from sensequant.market.simulator import MarketSpec, simulate
+from sensequant.trading.risk import Rules
+from sensequant.trading.strategies import Model
 
 START, END = date(2022, 1, 1), date(2024, 3, 28)
 TREES = TeacherSpec(n_estimators=25, learning_rate=0.1)
@@ -47,7 +49,7 @@ TOGETHER = replace(RECIPE, scope="pooled")
 SCOPES = ("symbol", "pooled")
 # Of a prediction, before hindsight.
 SAID = ["ts", "window_label", "p_long", "p_short", "score", "dissimilarity"]
-FREE = LongFlatRule(cost_bps_per_side=0.0)
+ACCOUNT = Rules(capital_inr=1e7, max_volume_frac=1.0)  # charges are looked away from below
 
 
 def cut_by(days, step, horizon=5):
@@ -653,6 +655,11 @@ def test_turns_are_what_they_are_said_to_be():
 # --- fills ----------------------------------------------------------------------------------------
 
 
+def traded(predictions, bars):
+    "The account of a long-flat rule on scores."
+    return trade_scores(predictions, bars, ACCOUNT, Model()).daily
+
+
 def moved(predictions, bars, by):
     "The same scores, said `by` bars later."
     parts = []
@@ -668,7 +675,7 @@ def test_knowing_one_bar_more_gains_massively_and_delay_costs(planted):
     move = {s: np.sign(b["close"] / b["open"] - 1) for s, b in bars.items()}
     seen = pd.concat(move, names=["symbol", "ts"]).rename("score").reset_index()
     seen = seen[seen["ts"] >= predictions["ts"].min()]
-    earned = lambda said: 1e4 * long_flat(said, bars, FREE)["net_return"].mean()  # noqa: E731
+    earned = lambda said: 1e4 * traded(said, bars)["gross_return"].mean()  # noqa: E731
     honest, oracle = earned(predictions), earned(moved(seen, bars, -1))
     late = [earned(moved(predictions, bars, by)) for by in (1, 2, 4)]
     assert oracle > 3 * honest  # the session that is bought, known a bar too early
@@ -679,11 +686,11 @@ def test_knowing_one_bar_more_gains_massively_and_delay_costs(planted):
 def test_a_session_earns_only_on_what_was_said_before_it(planted):
     "Scores of a session and all later ones turned around, and all later prices made up."
     bars, _, _, predictions = planted
-    daily = long_flat(predictions, bars, FREE)
+    daily = traded(predictions, bars)
     for day in daily.index[[40, 150, 300]]:
         said = predictions["score"].where(predictions["ts"] < day, -predictions["score"])
         prices = {s: garbled(b, day) for s, b in bars.items()}
-        again = long_flat(predictions.assign(score=said), prices, FREE)
+        again = traded(predictions.assign(score=said), prices)
         columns = ["net_return", "gross_return", "benchmark_return", "exposure", "turnover"]
         pd.testing.assert_frame_equal(daily.loc[:day, columns], again.loc[:day, columns])
         assert (

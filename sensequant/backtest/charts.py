@@ -41,7 +41,7 @@ NAMES = {"net_return": "net of costs", "gross_return": "free of costs"}
 
 
 def _grown(
-    daily: pd.DataFrame,  # of `backtester.long_flat`
+    daily: pd.DataFrame,  # of a backtest
     benchmark_name: str,
 ) -> pd.DataFrame:  # account per unit of capital, a column a line
     "Growth of the rule, net and gross, and of its benchmark, broken where that is missing."
@@ -52,7 +52,7 @@ def _grown(
 
 # %% ../../nbs/6_backtest/67_charts.ipynb #27d86704
 def equity_curve(
-    daily: pd.DataFrame,  # of `backtester.long_flat`; another benchmark_return may be assigned
+    daily: pd.DataFrame,  # of a backtest; another benchmark_return may be assigned
     benchmark_name: str = "equal-weight universe",
 ) -> Card:
     "Growth of the account since the first session, %, beside the benchmark in grey."
@@ -65,7 +65,7 @@ def equity_curve(
 
 # %% ../../nbs/6_backtest/67_charts.ipynb #7728e8bd
 def drawdown_curve(
-    daily: pd.DataFrame,  # of `backtester.long_flat`, by session
+    daily: pd.DataFrame,  # of a backtest, by session
     benchmark_name: str = "equal-weight universe",
 ) -> Card:
     "How far the account stands below its peak, %, beside the benchmark in grey."

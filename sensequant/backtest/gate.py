@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AUDIT_CHECKS', 'GATE_KEYS', 'LEAST_BELOW', 'REFERENCE_BARS', 'ALONE', 'Check', 'Condition', 'Verdict', 'Judgement',
-           'condition_table', 'judgement_json', 'GateRules', 'gate_rules', 'Evidence', 'judge', 'preliminary_gate']
+           'condition_table', 'judgement_json', 'GateRules', 'gate_rules', 'Evidence', 'judge']
 
 # %% ../../nbs/6_backtest/65_gate.ipynb #8e6baf4b
 import math
@@ -62,7 +62,7 @@ class Verdict:
 
     passed: bool
     checks: tuple[Check, ...]
-    kind: str = "preliminary gate, not calibrated"
+    kind: str = "gate"
 
     @property
     def reasons(self) -> list[str]:
@@ -604,45 +604,3 @@ def _end(ledger: Ledger) -> dict[str, Any] | None:
     except DataError:
         return None
     return {"count": head.count, "hash": head.hash}
-
-# %% ../../nbs/6_backtest/65_gate.ipynb #ccde8892
-def _evidence(
-    stats: Any,  # of `stat_tests`, as read from its file
-    min_oos_sessions: int,  # sessions
-) -> list[Check]:
-    "Enough sessions, and a net alpha that the resamples put above 0."
-    n, lower = _number(stats, "n_sessions"), _number(stats, "alpha", "interval", 0)
-    sure = _number(stats, "confidence")
-    reason = _at(stats, "reasons", "alpha.interval") or "no interval in the statistics"
-    if sure is not None and sure < 0.95:
-        lower, reason = None, f"an interval of {sure:.0%} only"
-    return [
-        Check(
-            "oos_sessions",
-            f"at least {min_oos_sessions} sessions must be out of sample",
-            "no count" if n is None else f"{n:.0f}",
-            n is not None and n >= min_oos_sessions,
-        ),
-        Check(
-            "net_alpha",
-            "the lower 95 % bootstrap bound of the net daily alpha must lie above 0",
-            f"none: {reason}" if lower is None else f"{lower * 1e4:.2f} basis points",
-            lower is not None and sure is not None and lower > 0,
-        ),
-    ]
-
-# %% ../../nbs/6_backtest/65_gate.ipynb #6dfc92ca
-def preliminary_gate(
-    *,
-    n_success: int,  # windows that gave a model
-    n_failed: int,  # windows that broke; skipped ones are not counted anywhere
-    max_failure_rate: float,  # of success plus failed, in [0, 1]
-    stats: dict[str, Any] | None,  # of `stat_tests`; None when there are none
-    min_oos_sessions: int = 250,  # sessions, >= 1
-) -> Verdict:
-    "Whether a candidate is worth a person's time."
-    if not 0 <= max_failure_rate <= 1 or min_oos_sessions < 1 or min(n_success, n_failed) < 0:
-        must = "rates must lie in [0, 1] and counts must not be negative"
-        raise SettingsError(must, (max_failure_rate, min_oos_sessions, n_success, n_failed))
-    checks = [*_windows(n_success, n_failed, max_failure_rate), *_evidence(stats, min_oos_sessions)]
-    return Verdict(all(c.passed for c in checks), tuple(checks))

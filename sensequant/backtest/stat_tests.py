@@ -541,7 +541,6 @@ def _trading(
         "cost_total": daily["cost"].sum(),
         "cost_annualised": daily["cost"].mean() * metrics.SESSIONS_A_YEAR,
         "cost_share_of_gross_alpha": share,
-        "n_symbols_mean": daily["n_symbols"].mean(),
         "n_held_mean": daily["n_held"].mean(),
     }
 
@@ -775,6 +774,12 @@ def _compared_sections(
     return {name: dict.fromkeys(empty[name]) if whys[name] else ask[name]() for name in ask}
 
 # %% ../../nbs/6_backtest/64_stat_tests.ipynb #c20564fc
+def _spoken(predictions: pd.DataFrame) -> float:
+    "Symbols with a score, mean over the bars; NaN without a prediction."
+    said = predictions.loc[predictions["score"].notna(), ["ts", "symbol"]].reset_index(drop=True)
+    return float(said.groupby("ts")["symbol"].nunique().mean()) if len(said) else np.nan
+
+# %% ../../nbs/6_backtest/64_stat_tests.ipynb #765ccbf2
 def stat_tests(
     daily: pd.DataFrame,  # of the backtester: `DAILY_COLUMNS` by session
     predictions: pd.DataFrame,  # columns symbol, ts, score, forward_return
@@ -800,7 +805,7 @@ def stat_tests(
         "benchmark": {"name": benchmark_name} | _figures(market),
         "alpha": alpha | {"n_sessions": len(market)},
         "rank_ic": _skill(predictions, horizon),
-        "trading": _trading(daily, alpha, beside),
+        "trading": _trading(daily, alpha, beside) | {"n_symbols_mean": _spoken(predictions)},
     } | _compared_sections(daily, beside, plan, folds, whys)
     answer = _reasoned(sections, whys)
     answer["benchmark"]["n_missing"] = len(daily) - len(market)

@@ -86,10 +86,7 @@ def make_account(
     "Trade the run's predictions by the declared rule; writes daily_returns and trades."
     predictions = run.artifacts.read_parquet("predictions.parquet")
     result = trade(run, predictions, plan.rules[read_recipe(run).scope])
-    day = pd.DatetimeIndex(predictions["ts"]).tz_convert(IST).normalize()
-    spoke = predictions.groupby(day)["symbol"].nunique()
-    daily = result.daily.assign(n_symbols=spoke.reindex(result.daily.index, fill_value=0))
-    run.artifacts.write_parquet("daily_returns.parquet", daily)
+    run.artifacts.write_parquet("daily_returns.parquet", result.daily)
     run.artifacts.write_parquet("trades.parquet", result.trades)
     return result
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pandas as pd
 
-from ..backtest.accounts import Market, book_rules, wishes
-from ..backtest.backtester import BacktestResult, run_backtest
+from ..backtest.accounts import trade_scores
+from ..backtest.backtester import BacktestResult
 from ..backtest.metrics import rank_ic
 from ..core.errors import DataError
 from ..core.types import IST, PREDICTION_COLUMNS, require_columns
@@ -23,10 +23,9 @@ from ..learn.predictions import chain_predictions, score_predictions, scores_by
 from ..learn.records import WindowRecord, count_outcomes, read_window_runs
 from ..learn.tables import Recipe
 from ..market.costs import CostPlan, Slippage
-from ..trading.grid import Signals, build_grid, part
 from ..trading.risk import Rules
 from ..trading.sizing import Sizing
-from ..trading.strategies import Model, ModelParams, Strategy, lay_scores
+from ..trading.strategies import Model, ModelParams, Strategy
 
 # %% ../../nbs/7_govern/71_validation.ipynb #8d649dce
 def _scores(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
@@ -197,34 +196,17 @@ def rule_from(
     own = {"plan": CostPlan(**raw["plan"]), "slippage": Slippage(**raw["slippage"])}
     return TradeRule(**{**raw, **own})
 
-# %% ../../nbs/7_govern/71_validation.ipynb #c549ec59
-def _span(
-    predictions: pd.DataFrame,  # column ts
-    sessions: pd.DatetimeIndex,  # of the grid, 00:00 IST
-) -> tuple[pd.Timestamp, pd.Timestamp]:
-    "The session of the first prediction, and the one after the last."
-    days = pd.DatetimeIndex(predictions["ts"]).tz_convert(IST).normalize()
-    after = sessions[sessions > days.max()]
-    return days.min(), after[0] if len(after) else days.max()
-
-
+# %% ../../nbs/7_govern/71_validation.ipynb #9ac501ba
 def trade(
     run: Run,
     predictions: pd.DataFrame,  # columns symbol, ts and score, each bar of a symbol once
     rule: TradeRule,
     strategy: Strategy | None = None,  # None for the scores; else a rule on the same bars and days
 ) -> BacktestResult:
-    "The account of a rule on the bars that are pinned to a run."
-    require_columns(predictions, ["symbol", "ts", "score"], "predictions")
-    said = dict(tuple(predictions.groupby("symbol")))
-    bars = {symbol: pinned_bars(run, symbol) for symbol in said}
-    scores = {s: lay_scores(bars[s].index, rows, s) for s, rows in said.items()}
-    market = Market(build_grid(bars), bars, read_inputs(run).interval, scores=scores)
+    "The account of a rule on the bars that are pinned to a run, see `trade_scores`."
+    bars = {symbol: pinned_bars(run, symbol) for symbol in predictions["symbol"].unique()}
     chosen = strategy or Model(ModelParams(rule.entry_score, rule.exit_score))
-    wanted = wishes(chosen, market)
-    grid, rows = part(market.grid, *_span(predictions, market.grid.days))
-    cut = Signals(wanted.want[rows], wanted.confidence[rows], wanted.strategy)
-    return run_backtest(grid, cut, book_rules(chosen, rule.account))
+    return trade_scores(predictions, bars, rule.account, chosen, read_inputs(run).interval)
 
 # %% ../../nbs/7_govern/71_validation.ipynb #e7882343
 def trial_series(
