@@ -3736,6 +3736,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'sensequant/trading/grid.py'),
                                          'sensequant.trading.grid._reference': ( '4_trading/grid.html#_reference',
                                                                                  'sensequant/trading/grid.py'),
+                                         'sensequant.trading.grid._refuse': ('4_trading/grid.html#_refuse', 'sensequant/trading/grid.py'),
                                          'sensequant.trading.grid._stamps': ('4_trading/grid.html#_stamps', 'sensequant/trading/grid.py'),
                                          'sensequant.trading.grid._usable': ('4_trading/grid.html#_usable', 'sensequant/trading/grid.py'),
                                          'sensequant.trading.grid.build_grid': ( '4_trading/grid.html#build_grid',
