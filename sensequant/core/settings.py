@@ -323,7 +323,7 @@ class CostSettings(BaseModel):
         0.025, 1e-6, 1, "fraction", "most of a bar's volume that an order may take"
     )
     circuit_frac: float = _number(
-        0.20, 0.01, 1, "fraction", "price band around the last session's close; locked beyond it"
+        0.20, 0, 1, "fraction", "price band around the last session's close; 0 for none"
     )
 
 # %% ../../nbs/0_core/02_settings.ipynb #49000237
@@ -364,6 +364,37 @@ class TradingSettings(BaseModel):
     )
     reduce_at_frac: float = _number(
         0.8, 0.01, 1, "fraction", "of the daily loss from which nothing is opened"
+    )
+
+    # rules of trade: when a share is wanted
+    swing_fast_sessions: int = _number(20, 2, 250, "sessions", "quick average of the SMA cross")
+    swing_slow_sessions: int = _number(50, 3, 500, "sessions", "slow average of the SMA cross")
+    swing_band_frac: float = _number(
+        0.0, 0, 0.2, "fraction", "gap of the averages below which a wish is kept"
+    )
+    swing_min_hold_sessions: int = _number(2, 0, 250, "sessions", "before a signal may sell")
+    swing_max_hold_sessions: int = _number(10, 0, 250, "sessions", "after which it sells; 0 never")
+    intraday_rsi_bars: int = _number(14, 2, 250, "bars", "span of the RSI")
+    intraday_ema_bars: int = _number(50, 2, 500, "bars", "span of the EMA")
+    intraday_oversold: float = _number(30.0, 0, 50, "RSI", "at or below it no new short")
+    intraday_overbought: float = _number(70.0, 50, 100, "RSI", "at or above it no new long")
+    intraday_last_entry: str = _word(
+        "1minute=15:15,5minute=15:00,15minute=14:45,30minute=14:15",
+        "IST; from a bar of this start on nothing is opened",
+    )
+    intraday_square_off: str = _word(
+        "1minute=15:29,5minute=15:20,15minute=15:15,30minute=15:15",
+        "IST; the bar of this start closes what is open at its open",
+    )
+    sentiment_block: float = _number(
+        0.3, 0, 1, "score", "no buys below minus this, no shorts above it"
+    )
+    sentiment_boost_from: float = _number(
+        0.5, 0, 1, "score", "beyond it sentiment on the trade's side adds confidence"
+    )
+    sentiment_boost_times: float = _number(1.2, 1, 5, "times", "what it adds, up to a whole 1")
+    both_swing_share: float = _number(
+        0.5, 0.01, 0.99, "fraction", "capital of the swing book when both rules trade"
     )
 
 # %% ../../nbs/0_core/02_settings.ipynb #0d22f14d
