@@ -323,7 +323,7 @@ class CostSettings(BaseModel):
         0.025, 1e-6, 1, "fraction", "most of a bar's volume that an order may take"
     )
     circuit_frac: float = _number(
-        0.20, 0.01, 1, "fraction", "price band around the last session's close; locked beyond it"
+        0.20, 0, 1, "fraction", "price band around the last session's close; 0 for none"
     )
 
 # %% ../../nbs/0_core/02_settings.ipynb #49000237
