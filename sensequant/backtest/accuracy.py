@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OUTCOME', 'RISK', 'MIN_RISK_SESSIONS', 'GROUPS', 'directional', 'opinion_days', 'confusion', 'class_scores',
            'outcome', 'risk', 'measure', 'measure_by', 'compare_strategies', 'panel_se', 'degradation',
-           'rolling_accuracy', 'calibration_table', 'brier_score', 'figures_table', 'groups_table', 'losses_table',
-           'accuracy_verdict', 'session_marks', 'RunTraces', 'run_traces']
+           'rolling_accuracy', 'calibration_table', 'brier_score', 'figures_table', 'groups_table', 'pairs_table',
+           'losses_table', 'accuracy_verdict', 'session_marks', 'RunTraces', 'run_traces']
 
 # %% ../../nbs/6_backtest/62_accuracy.ipynb #4adbb088
 import itertools
@@ -416,6 +416,26 @@ def groups_table(
     return pd.DataFrame(columns, index=rows.index)
 
 # %% ../../nbs/6_backtest/62_accuracy.ipynb #2027e6b5
+def _p_value(p: float) -> str:
+    "A p-value as people write it."
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if pd.notna(p) else "n/a"
+
+
+def pairs_table(
+    table: pd.DataFrame,  # of `compare_strategies`
+) -> pd.DataFrame:  # text, a row a pair
+    "The comparison as a page shows it."
+    columns = {
+        "Sharpe (a year)": [_written(v, 1, 2) for v in table["sharpe_a"]],
+        "against": [_written(v, 1, 2) for v in table["sharpe_b"]],
+        "difference (bps a session)": [_written(v, 1, 1) for v in table["difference_bps"]],
+        "t": [_written(v, 1, 2) for v in table["t"]],
+        "p (Holm)": [_p_value(p).removeprefix("p ").removeprefix("= ") for p in table["p_holm"]],
+        "sessions": [f"{n:,}" for n in table["n_sessions"]],
+    }
+    return pd.DataFrame(columns, index=table["a"] + " against " + table["b"]).rename_axis("pair")
+
+# %% ../../nbs/6_backtest/62_accuracy.ipynb #ba4a688b
 def losses_table(
     table: pd.DataFrame,  # of `degradation`
 ) -> pd.DataFrame:  # text, a row a figure
@@ -433,26 +453,26 @@ def losses_table(
     headings = {"drop": "loss", "standard_error": "standard error", "allowed": "allowed loss"}
     return text.rename(columns=headings).assign(worse=verdict)
 
-
+# %% ../../nbs/6_backtest/62_accuracy.ipynb #d35014fd
 def accuracy_verdict(
     found: Mapping[str, dict[str, Any]],  # of `measure`: the candidate first, then its baseline
     pair: pd.DataFrame,  # of `compare_strategies`, candidate as `a`
     losses: pd.DataFrame,  # of `degradation`
 ) -> str:
-    "What the page found, in three sentences."
+    "What the page found, in three sentences, a line each."
     (name, one), (rival, other) = found.items()
     right = [_written(x["directional_precision"], 100, 1) for x in (one, other)]
     first = f"Of its LONG and SHORT opinions {name} had {right[0]}% right, {rival} {right[1]}%."
     gap, p = pair["difference_bps"][0], pair["p"][0]
     sure = "more than chance explains" if p < 0.05 else "which chance explains"
-    second = f"A session it made {gap:+.1f} basis points against it, {sure} (p = {p:.2f})."
+    second = f"A session it made {gap:+.1f} basis points against it, {sure} ({_p_value(p)})."
     worse = ", ".join(losses.index[losses["alert"]])
     third = (
         f"Its newest opinions are worse in {worse}."
         if worse
         else "Nothing shows that it got worse."
     )
-    return " ".join([first, second if pd.notna(p) else "Their days cannot be compared.", third])
+    return "\n".join([first, second if pd.notna(p) else "Their days cannot be compared.", third])
 
 # %% ../../nbs/6_backtest/62_accuracy.ipynb #d23f8cf5
 def session_marks(

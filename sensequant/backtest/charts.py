@@ -355,7 +355,16 @@ def return_distribution(
     edge = float(np.quantile(abs(made), 0.995)) or 1.0
     edges = np.linspace(-edge, edge, 41)  # 0 is an edge, so that no bar holds both kinds
     _shares(axes, won, edges, len(made), color=PROFIT, edgecolor="white")
-    _shares(axes, lost, edges, len(made), color=LOSS, edgecolor="white", hatch=LOSS_HATCH)
+    below = np.nextafter(0.0, -1.0)  # nothing gained belongs to the left of 0
+    _shares(
+        axes,
+        lost.clip(upper=below),
+        edges,
+        len(made),
+        color=LOSS,
+        edgecolor="white",
+        hatch=LOSS_HATCH,
+    )
     if beside is not None and beside.notna().any():
         other, look = beside.dropna() * PERCENT, {"color": BENCHMARK, "lw": 1.4}
         _shares(axes, other, edges, len(other), histtype="step", label=beside_name, **look)

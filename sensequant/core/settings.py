@@ -378,6 +378,9 @@ class TradingSettings(BaseModel):
     intraday_ema_bars: int = _number(50, 2, 500, "bars", "span of the EMA")
     intraday_oversold: float = _number(30.0, 0, 50, "RSI", "at or below it no new short")
     intraday_overbought: float = _number(70.0, 50, 100, "RSI", "at or above it no new long")
+    intraday_clear_frac: float = _number(
+        0.001, 0, 0.05, "fraction", "by which the price must clear both averages"
+    )
     intraday_last_entry: str = _word(
         "1minute=15:15,5minute=15:00,15minute=14:45,30minute=14:15",
         "IST; from a bar of this start on nothing is opened",

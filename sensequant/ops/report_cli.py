@@ -164,11 +164,13 @@ def _shown(
 def markdown_files(
     notebook: Any,  # executed
     stem: str,  # name of the file without its ending
+    facts: tuple[str, ...] = (),  # that stand above the text
 ) -> dict[str, bytes]:  # by path beside each other, the text last
     "A notebook as text, with its pictures in a folder of their own."
     from sensequant.govern.pages import HIDDEN_TAGS
 
-    parts, pictures = [], {}
+    parts = [" · ".join(facts)]
+    pictures: dict[str, bytes] = {}
     for cell in notebook.cells:
         if set(cell.metadata.get("tags", [])) & HIDDEN_TAGS:
             continue
@@ -249,7 +251,7 @@ def make_report(
     done = execute_report(notebook, report_parameters(notebook, subject.run_id, given), home)
     target = subject.pages / f"{kind}.{form}"
     if form == "md":
-        files = markdown_files(done, kind)
+        files = markdown_files(done, kind, (*subject.facts, kind))
         write_together({subject.pages / name: data for name, data in files.items()})
         return target
     heading = Heading(_title(done), "success", (*subject.facts, kind), subject.links)

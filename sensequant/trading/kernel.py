@@ -429,22 +429,22 @@ def _exchange(tape: Tape, book: Book, t: int, event: Any, new: tuple) -> None:
 
 # %% ../../nbs/4_trading/45_kernel.ipynb #ffa9776a
 @njit(**FAST)
-def _exit_at_open(tape: Tape, book: Book, t: int, s: int) -> None:
+def _why_at_open(slot: Any, price: float, over: bool) -> int:
     "What leaves at the open: an exit that waits, the square-off, a gap through stop or target."
-    slot, rules, price = book.slots[s], tape.rules, tape.open[t, s]
-    long = slot.quantity > 0
-    reason = slot.leaving
-    if reason == 0 and rules.square_off >= 0:
-        over = tape.session[t] != tape.session[slot.entry_row]
-        if over or tape.minute[t] >= rules.square_off:
-            reason = SQUARE_OFF
-    if reason == 0 and (price <= slot.stop if long else price >= slot.stop):
-        reason = STOP
-    if reason == 0 and (price >= slot.target if long else price <= slot.target):
-        reason = TARGET
-    if reason:
-        slips = reason != TARGET or slot.leaving == TARGET
-        _leave(tape, book, t, s, Exit(price, slips, reason, tape.volume[t, s]))
+    if slot.leaving != 0:
+        return slot.leaving
+    if over:
+        return SQUARE_OFF
+    if slot.quantity > 0:
+        return STOP if price <= slot.stop else TARGET if price >= slot.target else 0
+    return STOP if price >= slot.stop else TARGET if price <= slot.target else 0
+
+
+@njit(**FAST)
+def _exit_at_open(tape: Tape, book: Book, t: int, s: int, reason: int) -> None:
+    "Leave at the open; a target that the open reached is a limit order and does not slip."
+    slips = reason != TARGET or book.slots[s].leaving == TARGET
+    _leave(tape, book, t, s, Exit(tape.open[t, s], slips, reason, tape.volume[t, s]))
 
 # %% ../../nbs/4_trading/45_kernel.ipynb #717ccf23
 @njit(**FAST)
@@ -555,15 +555,19 @@ def _sort(tape: Tape, book: Book, n: int) -> None:
 @njit(**FAST)
 def _open(tape: Tape, book: Book, t: int) -> None:
     "Everything that happens at the open of a bar."
-    account, events = book.account[0], tape.events
+    account, events, session = book.account[0], tape.events, tape.session
     while account.event < len(events) and events[account.event].row == t:
         _act(tape, book, t, events[account.event])
         account.event += 1
-    n = 0
+    n, intraday = 0, tape.rules.square_off >= 0
+    late = intraday and tape.minute[t] >= tape.rules.square_off
     for s in range(len(book.slots)):
         slot = book.slots[s]
         if slot.quantity != 0 and not math.isnan(tape.open[t, s]):
-            _exit_at_open(tape, book, t, s)
+            over = late or (intraday and session[slot.entry_row] != session[t])
+            reason = _why_at_open(slot, tape.open[t, s], over)
+            if reason != 0:
+                _exit_at_open(tape, book, t, s, reason)
         elif slot.order != 0 and not math.isnan(tape.open[t, s]):
             book.queue[n] = s
             n += 1
@@ -573,20 +577,23 @@ def _open(tape: Tape, book: Book, t: int) -> None:
 
 # %% ../../nbs/4_trading/45_kernel.ipynb #84a83b3a
 @njit(**FAST)
-def _inside(tape: Tape, book: Book, t: int, s: int) -> None:
-    "Stop, else target, of a position that nothing else is closing."
-    slot, first = book.slots[s], tape.open[t, s]
-    if slot.quantity == 0 or slot.leaving != 0:
-        return
-    high, low, volume = tape.high[t, s], tape.low[t, s], tape.volume[t, s]
+def _why_inside(slot: Any, high: float, low: float) -> int:
+    "Stop, else target, of a position that nothing else is closing; 0 for neither."
+    if slot.leaving != 0:
+        return 0
     if slot.quantity > 0:
-        stopped, reached, worst = low <= slot.stop, high >= slot.target, min(slot.stop, first)
-    else:
-        stopped, reached, worst = high >= slot.stop, low <= slot.target, max(slot.stop, first)
-    if stopped:
-        _leave(tape, book, t, s, Exit(worst, True, STOP, volume))
-    elif reached:
-        _leave(tape, book, t, s, Exit(slot.target, False, TARGET, volume))
+        return STOP if low <= slot.stop else TARGET if high >= slot.target else 0
+    return STOP if high >= slot.stop else TARGET if low <= slot.target else 0
+
+
+@njit(**FAST)
+def _exit_inside(tape: Tape, book: Book, t: int, s: int, reason: int) -> None:
+    "Leave at the stop or at the target."
+    slot, first, volume = book.slots[s], tape.open[t, s], tape.volume[t, s]
+    price = slot.target
+    if reason == STOP:
+        price = min(slot.stop, first) if slot.quantity > 0 else max(slot.stop, first)
+    _leave(tape, book, t, s, Exit(price, reason == STOP, reason, volume))
 
 # %% ../../nbs/4_trading/45_kernel.ipynb #5b7e9995
 @njit(**FAST)
@@ -619,11 +626,14 @@ def _halt(book: Book) -> None:
 def _settle(tape: Tape, book: Book, t: int) -> None:
     "Last prices, the day's loss and what it allows, and the session's row."
     for s in range(len(book.slots)):
+        slot = book.slots[s]
         if not math.isnan(tape.close[t, s]):
-            _inside(tape, book, t, s)
-            book.slots[s].last = tape.close[t, s]
+            reason = _why_inside(slot, tape.high[t, s], tape.low[t, s]) if slot.quantity != 0 else 0
+            if reason != 0:
+                _exit_inside(tape, book, t, s, reason)
+            slot.last = tape.close[t, s]
             if tape.volume[t, s] > 0:
-                book.slots[s].volume = tape.volume[t, s]
+                slot.volume = tape.volume[t, s]
     account, rules, session = book.account[0], tape.rules, tape.session
     last = t + 1 == len(session) or session[t + 1] != session[t]
     if rules.daily_loss > 0 or last:
@@ -639,21 +649,11 @@ def _settle(tape: Tape, book: Book, t: int) -> None:
 
 # %% ../../nbs/4_trading/45_kernel.ipynb #ee31fd4b
 @njit(**FAST)
-def _wish(tape: Tape, t: int, s: int) -> int:
-    "The position wanted of a symbol, among those the rules allow."
-    wish = tape.want[t, s]
-    return wish if wish > 0 or tape.rules.short else 0
-
-
-@njit(**FAST)
-def _exit_reason(tape: Tape, slot: Any, t: int, s: int) -> int:
-    "Why a position that nothing is closing yet should be closed, 0 to keep it."
-    rules, want = tape.rules, tape.want[t, s]
-    sign = 1 if slot.quantity > 0 else -1
-    held = tape.session[t] - tape.session[slot.entry_row]
-    if want != sign and held >= rules.min_hold:
+def _why_at_close(slot: Any, want: int, held: int, min_hold: int, max_hold: int) -> int:
+    "Why a position held for `held` sessions should be closed at the next open, 0 to keep it."
+    if want != (1 if slot.quantity > 0 else -1) and held >= min_hold:
         return FLAT if want == 0 else REVERSAL
-    return TIME if 0 < rules.max_hold <= held else 0
+    return TIME if 0 < max_hold <= held else 0
 
 
 @njit(**FAST)
@@ -697,7 +697,7 @@ def _order(tape: Tape, book: Book, t: int, n: int) -> None:
         elif shares == 0:
             _reject(book, s, SIZE, 0)
         if shares > 0:
-            book.slots[s].order = _wish(tape, t, s) * shares
+            book.slots[s].order = tape.want[t, s] * shares
             book.account[0].orders += 1
             committed += shares * tape.close[t, s]
 
@@ -714,15 +714,18 @@ def _may_enter(tape: Tape, book: Book, t: int) -> bool:
 @njit(**FAST)
 def _decide(tape: Tape, book: Book, t: int) -> None:
     "Orders for the next open of each symbol that had a bar."
-    n, may = 0, _may_enter(tape, book, t)
+    n, may, short = 0, _may_enter(tape, book, t), tape.rules.short
+    least, most, session = tape.rules.min_hold, tape.rules.max_hold, tape.session
     for s in range(len(book.slots)):
+        slot, want = book.slots[s], tape.want[t, s]
         if math.isnan(tape.close[t, s]):
             continue
-        slot, wish = book.slots[s], _wish(tape, t, s)
         if slot.quantity != 0:
             if slot.leaving == 0:
-                slot.leaving = _exit_reason(tape, slot, t, s)
+                held = session[t] - session[slot.entry_row]
+                slot.leaving = _why_at_close(slot, want, held, least, most)
             continue
+        wish = want if want > 0 or short else 0
         if wish != slot.blocked:
             slot.blocked = 0
         if may and wish != 0 and slot.blocked == 0 and slot.order == 0:

@@ -10,6 +10,7 @@ __all__ = ['SIGN', 'AccuracyRules', 'accuracy_rules', 'opens_at', 'model_opinion
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -70,16 +71,18 @@ def _minutes(waited: pd.TimedeltaIndex) -> np.ndarray:  # NaN where unknown
 
 
 def _finished(
-    rows: pd.DataFrame,  # TRACE_COLUMNS but the actual direction, perhaps no realised_return
+    rows: pd.DataFrame,  # TRACE_COLUMNS but actual_direction; realised_return, move: from prices
     threshold: float | np.ndarray,  # fraction
 ) -> pd.DataFrame:  # TRACE_COLUMNS, by time and symbol
     "Traces with what the price did, and what following the prediction made."
-    move = (rows["exit_price_inr"] / rows["entry_price_inr"] - 1).to_numpy(float)
+    between = rows["exit_price_inr"] / rows["entry_price_inr"] - 1
+    move = rows.get("move", between).to_numpy(float)
     signs = rows["predicted_direction"].map(SIGN).to_numpy(float)
     rows = rows.assign(actual_direction=label_words(move, threshold))
     if "realised_return" not in rows:
         rows["realised_return"] = signs * move
-    kinds = {"predicted_direction": _DIRECTIONS, "actual_direction": _DIRECTIONS}
+    kinds: dict[str, Any] = dict.fromkeys(("predicted_direction", "actual_direction"), _DIRECTIONS)
+    kinds |= {"holding_minutes": float, "confidence": float}
     rows = rows[list(TRACE_COLUMNS)].astype(kinds)
     return rows.sort_values(["timestamp", "symbol"], kind="stable", ignore_index=True)
 
@@ -228,11 +231,13 @@ def trade_traces(
 ) -> pd.DataFrame:  # TRACE_COLUMNS; realised_return is net of charges and slippage
     "A trace of every closed trade."
     needed = ["symbol", "strategy", "direction", "entry_ts", "entry_price_inr", "exit_price_inr"]
-    needed += ["holding_minutes", "return_frac", "confidence", *_TOLD]
+    needed += ["gross_inr", "holding_minutes", "return_frac", "confidence", *_TOLD]
     require_columns(trades, needed, "trades")
     told = trades[list(_TOLD)].to_dict("records")
     names = {"direction": "predicted_direction", "return_frac": "realised_return"}
+    value = trades["entry_price_inr"] * trades["quantity"]
     rows = trades.rename(columns=names).assign(
+        move=trades["direction"].map(SIGN) * trades["gross_inr"] / value,
         timestamp=opens_at(pd.DatetimeIndex(trades["entry_ts"])),
         features="{}",
         metadata=[json.dumps(m, separators=(",", ":"), default=float) for m in told],

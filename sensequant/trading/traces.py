@@ -85,6 +85,10 @@ def _json(value: Mapping[str, Any] | str) -> str:  # one line
 def _cells(trace: Trace) -> list[Any]:
     "The values of a line; what cannot be one is refused."
     spoken, actual, sure = trace.predicted_direction, trace.actual_direction, trace.confidence
+    if not (trace.symbol and trace.strategy):
+        raise DataError(
+            "a trace needs a symbol and a strategy", f"{trace.symbol!r}, {trace.strategy!r}"
+        )
     if trace.timestamp.tzinfo is None:
         raise DataError("a trace needs an aware time", trace.timestamp, trace.symbol)
     if spoken not in _WORDS or (actual is not None and actual not in _WORDS):
