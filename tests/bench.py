@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import psutil
+from bench_backtest import bench_backtest
 from bench_data import bench_store
 from bench_fetch import bench_fetch
 from bench_learn import bench_learn
@@ -117,6 +118,7 @@ def main() -> None:
         "found done / trained (CPU; what a resume pays)": again["cpu s"] / serial["cpu s"],
         "windows a minute, 2 workers (wall)": 60 * trained / double["wall s"],
     }
+    ratios |= bench_backtest(watch)
     ratios |= bench_learn(Path(tempfile.mkdtemp()), watch, symbols)
     ratios |= bench_store(Path(tempfile.mkdtemp()), watch)
     ratios |= bench_fetch(Path(tempfile.mkdtemp()), watch)
