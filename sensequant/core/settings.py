@@ -481,9 +481,6 @@ class GateSettings(BaseModel):
     gate_max_rejected_frac: float = _number(
         0.01, 0, 1, "fraction", "rejected rows of those read that a pass survives"
     )
-    gate_max_samples: int = _number(
-        100_000, 1000, 10_000_000, "samples", "most resamples; a threshold below 10 of them fails"
-    )
     gate_reference_bars: Literal["report", "require"] = _word(
         "report", "whether the reference's score bars decide", "", "report or require"
     )
