@@ -197,62 +197,53 @@ def statistic_series(
 
 
 def _speaks(
-    series: pd.Series,  # of `statistic_series`
+    frame: pd.DataFrame,  # of a trial
+    statistic: str,  # of `STATISTICS`
 ) -> bool:
-    "Whether there is enough of a series to be resampled: 30 sessions, most of them not the same."
-    values = series.to_numpy()
-    common = np.median(values) if len(values) else 0.0
-    return bool((np.abs(values - common) > 1e-12).sum() >= MIN_SESSIONS)
+    "Whether 30 sessions or more say something: another return, or another IC, than most do."
+    said = frame["ic" if statistic == "rank_ic" else "net_return"].dropna()
+    return bool((said != said.median()).sum() >= MIN_SESSIONS)
 
 # %% ../../nbs/6_backtest/64_stat_tests.ipynb #c5eed52b
 @njit(cache=True)
-def _resampled_t(
-    gaps: np.ndarray,  # (n, k) statistic less its mean, 0 where unknown; column 0 is the candidate
-    seen: np.ndarray,  # (n, k) 1.0 where known, else 0.0
-    drawn: np.ndarray,  # (samples, n) positions
-    lags: int,  # of the Bartlett kernel
-    scales: np.ndarray,  # (2, k): smallest error that counts, factor on every t
-) -> np.ndarray:  # (samples, 2): largest t of all columns, t of column 0
-    "Studentised means of every resample, 64 columns at a time so that they stay in the cache."
-    n, k = gaps.shape
-    width, out = lags + 1, np.full((len(drawn), 2), -np.inf)
-    total, count = np.zeros((n + 1, 64)), np.zeros((n + 1, 64))
-    for s in range(len(drawn)):
-        for first in range(0, k, 64):
-            size = min(64, k - first)
-            for t in range(n):
-                row = drawn[s, t]
-                for j in range(size):
-                    total[t + 1, j] = total[t, j] + gaps[row, first + j]
-                    count[t + 1, j] = count[t, j] + seen[row, first + j]
-            for j, t in enumerate(_t(total[:, :size], count[:, :size], width, scales[:, first:])):
-                out[s, 0] = max(out[s, 0], t)
-                if first + j == 0:
-                    out[s, 1] = t
-    return out
+def _t(
+    total: np.ndarray,  # (n + 1,) sums so far, from 0 on
+    width: int,  # lags + 1
+    smallest: float,  # error that counts at least, in the unit of the mean
+) -> float:  # 0 where nothing varies
+    "Mean over its Bartlett error; windows of `width` values give the kernel without its lags."
+    n, power = len(total) - 1, 0.0
+    mean = total[n] / n if n else 0.0
+    for end in range(1, n + width):
+        low, high = max(0, end - width), min(n, end)
+        gap = total[high] - total[low] - mean * (high - low)
+        power += gap * gap
+    error = max(np.sqrt(power / width) / max(n, 1), smallest)
+    return mean / error if error > 0 else 0.0
 
 
 @njit(cache=True)
-def _t(
-    total: np.ndarray,  # (n + 1, k) sums so far
-    count: np.ndarray,  # (n + 1, k) observations so far
-    width: int,  # lags + 1
-    scales: np.ndarray,  # (2, k or more): smallest error that counts, factor on every t
-) -> np.ndarray:  # (k,)
-    "Mean over its Bartlett error; windows of `width` sessions give the kernel without its lags."
-    n, k = total.shape[0] - 1, total.shape[1]
-    mean, power = np.zeros(k), np.zeros(k)
-    for j in range(k):
-        mean[j] = total[n, j] / max(count[n, j], 1.0)
-    for end in range(1, n + width):
-        low, high = max(0, end - width), min(n, end)
+def _resampled_t(
+    gaps: np.ndarray,  # (k, n) statistic less its mean, NaN where unknown; row 0 is the candidate
+    drawn: np.ndarray,  # (samples, n) positions
+    lags: int,  # of the Bartlett kernel
+    scales: np.ndarray,  # (2, k): smallest error that counts, factor on every t
+) -> np.ndarray:  # (samples, 2): largest t of all series, t of the candidate
+    "Studentised means of every resample; a series consists of the sessions that it knows."
+    k, n = gaps.shape
+    out, total = np.full((len(drawn), 2), -np.inf), np.zeros(n + 1)
+    for s in range(len(drawn)):
         for j in range(k):
-            gap = total[high, j] - total[low, j] - mean[j] * (count[high, j] - count[low, j])
-            power[j] += gap * gap
-    for j in range(k):
-        error = max(np.sqrt(power[j] / width) / max(count[n, j], 1.0), scales[0, j])
-        mean[j] = scales[1, j] * mean[j] / error if error > 0 else 0.0
-    return mean
+            known = 0
+            for row in drawn[s]:
+                if not np.isnan(gaps[j, row]):
+                    total[known + 1] = total[known] + gaps[j, row]
+                    known += 1
+            t = scales[1, j] * _t(total[: known + 1], lags + 1, scales[0, j])
+            out[s, 0] = max(out[s, 0], t)
+            if j == 0:
+                out[s, 1] = t
+    return out
 
 # %% ../../nbs/6_backtest/64_stat_tests.ipynb #e08c4ff0
 @dataclass(frozen=True)
@@ -288,8 +279,7 @@ def _distinct(
 class _Field:
     "All series side by side, ready to be resampled."
 
-    gaps: np.ndarray  # (n, k), 0 where unknown
-    seen: np.ndarray  # (n, k)
+    gaps: np.ndarray  # (k, n) less their means, NaN where unknown
     block: float  # sessions
     lags: int  # sessions
     t: float  # of the candidate
@@ -300,7 +290,7 @@ SMALLEST_ERROR = 0.5  # of the observed one: below it a resample hardly saw the 
 
 
 def _blocks_cost(
-    n: np.ndarray,  # (k,) sessions of each series
+    n: pd.Series,  # sessions of each of k series
     block: float,  # mean length of a block, sessions
     lags: int,
 ) -> np.ndarray:  # (k,) >= 1
@@ -319,18 +309,14 @@ def _field(
 ) -> _Field:
     "Series laid on the sessions that any of them has, with one block for all."
     table = pd.concat(series, axis=1, sort=True)
-    seen = table.notna().to_numpy(dtype=float)
-    gaps = (table - table.mean()).fillna(0.0).to_numpy()
     asked = [block_length(s.to_numpy(), horizon) for s in series]
     block = min(max(asked[0], float(np.median(asked))), len(series[0]) / 4)
     lags = lags or max(2 * horizon, metrics.hac_lags(len(series[0])))
-    start, free = np.zeros((1, len(series))), np.ones((2, len(series))) * [[0.0], [1.0]]
-    count = np.vstack([start, seen.cumsum(axis=0)])
-    total = np.vstack([start, gaps.cumsum(axis=0)]) + count * table.mean().to_numpy()
-    t = _t(total, count, lags + 1, free)
-    errors = np.divide(table.mean(), t, out=np.zeros(len(series)), where=t != 0)
-    scales = np.stack([SMALLEST_ERROR * errors, _blocks_cost(seen.sum(0), block, lags)])
-    return _Field(gaps, seen, block, lags, float(t[0]), scales)
+    ts = np.array([_t(np.r_[0.0, np.cumsum(s.to_numpy())], lags + 1, 0.0) for s in series])
+    errors = np.divide(table.mean(), ts, out=np.zeros(len(series)), where=ts != 0)
+    scales = np.stack([SMALLEST_ERROR * errors, _blocks_cost(table.count(), block, lags)])
+    gaps = np.ascontiguousarray((table - table.mean()).to_numpy().T)
+    return _Field(gaps, block, lags, float(ts[0]), scales)
 
 # %% ../../nbs/6_backtest/64_stat_tests.ipynb #5e1571c4
 def _resamples(
@@ -346,13 +332,40 @@ def _largest(
     seed: int,
 ) -> np.ndarray:  # (samples, 2): largest t of all series, t of the candidate
     "What the best of the trials shows when none of them has any skill."
-    rng, n, parts = np.random.default_rng(seed), len(field.gaps), []
+    rng, n, parts = np.random.default_rng(seed), field.gaps.shape[1], []
     for size in _pieces(samples, 500):
         drawn = bootstrap_indices(n, field.block, size, rng)
-        parts.append(_resampled_t(field.gaps, field.seen, drawn, field.lags, field.scales))
+        parts.append(_resampled_t(field.gaps, drawn, field.lags, field.scales))
     return np.concatenate(parts)
 
 
+def _recorded(
+    frames: Sequence[pd.DataFrame],  # the candidate first
+    statistic: str,  # of `STATISTICS`
+) -> tuple[
+    list[pd.Series], dict[str, Any]
+]:  # series to resample, the candidate first; what is known
+    "What was tried, every series once, and how much of it can be resampled."
+    series = [statistic_series(f, statistic) for f in frames]
+    long = [s for s, f in zip(series, frames, strict=True) if _speaks(f, statistic)]
+    spoken, n_distinct = _distinct(long), len(_distinct(series))
+    copies = sum(f.equals(frames[0]) for f in frames[1:])
+    counts = {"n_trials": len(frames) - copies, "n_distinct": n_distinct}
+    about = {"estimate": float(series[0].mean()), "n_sessions": len(series[0])}
+    return spoken, counts | about | {"n_short": n_distinct - len(spoken), "statistic": statistic}
+
+
+def _nothing(
+    known: dict[str, Any],  # of `_recorded`
+) -> MaxT:
+    "No evidence: p is 1, and why."
+    why = f"{MIN_SESSIONS} sessions of the candidate must say something; fewer of"
+    why += f" {known['n_sessions']} do"
+    none: dict[str, Any] = {"samples": 0, "block": 0.0, "lags": 0, "critical_values": {}}
+    known = known | {"estimate": known["estimate"] if known["n_sessions"] else 0.0}
+    return MaxT(p=1.0, t=0.0, p_alone=1.0, resolution=1.0, why=why, **none, **known)
+
+# %% ../../nbs/6_backtest/64_stat_tests.ipynb #c9ce4e43
 def max_t(
     candidate: pd.DataFrame,  # net_return, benchmark_return, ic by session
     trials: Sequence[
@@ -367,30 +380,17 @@ def max_t(
     "One-sided test of the candidate against the best of everything that was tried."
     if horizon < 1 or not 0 < threshold < 1:
         raise SettingsError("horizon >= 1 and 0 < threshold < 1 must hold", (horizon, threshold))
-    every = _distinct([statistic_series(f, statistic) for f in (candidate, *trials)])
-    own, spoken = every[0], [s for s in every if _speaks(s)]
-    n_trials = 1 + len(trials) - sum(f.equals(candidate) for f in trials)
-    counts: dict[str, Any] = dict(
-        n_trials=n_trials, n_distinct=len(every), n_short=len(every) - len(spoken)
-    )
-    about: dict[str, Any] = dict(
-        estimate=float(own.mean()), n_sessions=len(own), statistic=statistic
-    )
-    if not _speaks(own):
-        why = f"{MIN_SESSIONS} sessions of the candidate must say something; {len(own)} found"
-        nothing: dict[str, Any] = dict(
-            samples=0, block=0.0, lags=0, resolution=1.0, p_alone=1.0, why=why
-        )
-        return MaxT(p=1.0, t=0.0, critical_values={}, **counts, **about, **nothing)
+    spoken, known = _recorded([candidate, *trials], statistic)
+    if not _speaks(candidate, statistic):
+        return _nothing(known)
     field, samples = _field(spoken, horizon), _resamples(threshold)
     drawn = _largest(field, samples, seed)
     p, alone = ((1 + int(n)) / (1 + samples) for n in (drawn >= field.t).sum(axis=0))
-    p = 1 - (1 - p) * (1 - alone) ** counts["n_short"]
+    p += (1 - p) * (1 - (1 - alone) ** known["n_short"])
     levels = {f"{q:g}": float(np.quantile(drawn[:, 0], 1 - q)) for q in (0.05, threshold)}
-    how: dict[str, Any] = dict(
-        samples=samples, block=field.block, lags=field.lags, resolution=1 / (1 + samples)
-    )
-    return MaxT(p=p, t=field.t, critical_values=levels, p_alone=alone, **counts, **about, **how)
+    how = {"samples": samples, "block": field.block, "lags": field.lags, "p_alone": alone}
+    known |= how | {"critical_values": levels, "resolution": 1 / (1 + samples)}
+    return MaxT(p=p, t=field.t, **known)
 
 # %% ../../nbs/6_backtest/64_stat_tests.ipynb #ed3954fe
 def superior(
