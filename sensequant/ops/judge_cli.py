@@ -27,6 +27,7 @@ from ..core.types import IST, Interval
 from sensequant.ops.cli import (
     FAILED,
     FINISHED,
+    INTERRUPTED,
     _opt,
     present,
     read_assignments,
@@ -590,3 +591,6 @@ def backtest(
         raise refuse(error, FAILED) from None
     except SenseQuantError as error:
         raise refuse(error) from None
+    except KeyboardInterrupt:
+        say("stopped; no account was written")
+        raise typer.Exit(INTERRUPTED) from None
