@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from statsmodels.stats.multitest import multipletests
 
 from . import metrics
 from ..core.errors import DataError, SettingsError
@@ -221,6 +220,15 @@ def _difference(a: pd.Series, b: pd.Series, horizon: int) -> dict[str, float]:
     return ratios | found | {"n_sessions": len(gap)}
 
 
+def _holm(
+    p: pd.Series,  # NaN where there is no test
+) -> pd.Series:  # the same, raised so that one error among all is as rare as a single one was
+    "Holm's p-values."
+    known = p.dropna().sort_values()
+    raised = (known * np.arange(len(known), 0, -1)).cummax().clip(upper=1.0)
+    return raised.reindex(p.index)
+
+
 def compare_strategies(
     days: Mapping[str, pd.Series],  # return of each session by strategy, fraction
     horizon: int = 1,  # sessions over which one opinion earns, >= 1
@@ -231,11 +239,7 @@ def compare_strategies(
     if not rows:
         raise DataError("a comparison needs two strategies", len(days), "compare_strategies")
     table = pd.DataFrame(rows)
-    known = table["p"].notna()
-    table["p_holm"] = np.nan
-    if known.any():
-        table.loc[known, "p_holm"] = multipletests(table.loc[known, "p"], method="holm")[1]
-    return table
+    return table.assign(p_holm=_holm(table["p"]))
 
 # %% ../../nbs/6_backtest/62_accuracy.ipynb #b113e24c
 def panel_se(

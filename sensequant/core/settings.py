@@ -431,6 +431,31 @@ class AccuracySettings(BaseModel):
 class OptimizerSettings(BaseModel):
     "The search for better parameters of a rule."
 
+    search_sampler: Literal["tpe", "random", "grid"] = _word(
+        "tpe", "what proposes configurations", "", "tpe, random or grid"
+    )
+    search_objective: str = _word(
+        "composite", "what is made as large as can be: composite, sharpe_ratio, hit_ratio, ..."
+    )
+    search_max_configs: int = _number(
+        50, 1, 100_000, "configurations", "measured beside the baseline"
+    )
+    search_batch: int = _number(
+        8, 1, 1000, "configurations", "that tpe proposes before it learns what became of them"
+    )
+    search_min_trades: int = _number(
+        10, 0, 100_000, "trades", "out of fold, below which a configuration has no rank"
+    )
+    search_train_sessions: int = _number(
+        252, 1, 5000, "sessions", "before the first test part; history for indicators"
+    )
+    search_test_sessions: int = _number(
+        63, 1, 2500, "sessions", "of a test part; only these are scored"
+    )
+    search_tolerance_frac: float = _number(
+        0.05, 0, 1, "fraction", "that a figure may move when a finished search is validated"
+    )
+
 # %% ../../nbs/0_core/02_settings.ipynb #5c00eb84
 class GateSettings(BaseModel):
     "The hold-out, the yearly error budget and what a pass needs."
@@ -455,9 +480,6 @@ class GateSettings(BaseModel):
     )
     gate_max_rejected_frac: float = _number(
         0.01, 0, 1, "fraction", "rejected rows of those read that a pass survives"
-    )
-    gate_max_samples: int = _number(
-        100_000, 1000, 10_000_000, "samples", "most resamples; a threshold below 10 of them fails"
     )
     gate_reference_bars: Literal["report", "require"] = _word(
         "report", "whether the reference's score bars decide", "", "report or require"

@@ -13,6 +13,7 @@ from .cli import app
 from .collect_cli import books, sentiment
 from .data_cli import data
 from .judge_cli import backtest
+from .optimize_cli import optimize
 from .report_cli import report
 from .train_cli import bench, check, devices, export, train
 
@@ -23,6 +24,7 @@ app.add_typer(data, name="data")
 app.add_typer(breeze, name="breeze")
 app.command()(sandbox)
 app.command()(backtest)
+app.command()(optimize)
 app.command()(report)
 app.command()(devices)
 app.command()(export)
