@@ -15,9 +15,11 @@ from pathlib import Path
 
 import pandas as pd
 import psutil
+from bench_backtest import bench_backtest
 from bench_data import bench_store
 from bench_fetch import bench_fetch
 from bench_learn import bench_learn
+from bench_traces import bench_traces
 
 from sensequant.backtest.accounts import trade_scores
 from sensequant.backtest.calibration import replicate
@@ -131,10 +133,12 @@ def main() -> None:
         "found done / trained (CPU; what a resume pays)": again["cpu s"] / serial["cpu s"],
         "windows a minute, 2 workers (wall)": 60 * trained / double["wall s"],
     }
+    ratios |= bench_backtest(watch)
     ratios |= bench_learn(Path(tempfile.mkdtemp()), watch, symbols)
     ratios |= bench_store(Path(tempfile.mkdtemp()), watch)
     ratios |= bench_fetch(Path(tempfile.mkdtemp()), watch)
     ratios |= bench_replication(watch)
+    ratios |= bench_traces(Path(tempfile.mkdtemp()), watch)
     print(watch.table().to_string(), "\n")
     for name, value in ratios.items():
         print(f"{name:<58}{value:8.3f}")

@@ -329,23 +329,16 @@ BARE = Rules(slippage=FREE, max_volume_frac=1.0, circuit_frac=0.0)
 
 
 def test_the_charges_of_a_delivery_by_hand():
-    "999 shares bought and sold at 100 INR in January 2025, ICICI Direct's default plan."
-    result = traded({"A": priced(*[FLAT_BAR] * 4)}, [[1], [1], [0], [0]], BARE)
-    trade = result.trades.iloc[0]
-    quantity = trade["quantity"]
-    value = quantity * 100.0
-    brokerage, stt, transaction = value * 0.0007, value * 0.001, value * 0.0000307
-    small, stamp = value * 1e-6, value * 0.00015
-    buy = [brokerage, stt, small, small, stamp]
-    sell = [brokerage, stt, small, small, 23.60]
+    "Bought and sold at 100 INR in January 2025 by ICICI Direct's default plan; GST on top."
     plan = CostPlan(cash_transaction_frac=0.0000307)
     result = traded({"A": priced(*[FLAT_BAR] * 4)}, [[1], [1], [0], [0]], replace(BARE, plan=plan))
     trade = result.trades.iloc[0]
-    gst = 0.18 * (brokerage + transaction + small)
-    assert trade["quantity"] == quantity
-    assert trade["charges_inr"] == pytest.approx(
-        sum(buy) + sum(sell) + 2 * (transaction + gst), abs=0.06
-    )
+    value = trade["quantity"] * 100.0
+    brokerage, stt, transaction = value * 0.0007, value * 0.001, value * 0.0000307
+    sebi = ipft = value * 1e-6
+    gst = 0.18 * (brokerage + transaction + sebi)
+    side, stamp, demat = brokerage + stt + transaction + sebi + ipft + gst, value * 0.00015, 23.60
+    assert trade["charges_inr"] == pytest.approx(2 * side + stamp + demat, abs=0.06)
     assert (trade["gross_inr"], trade["reason"]) == (0.0, "signal_flat")
 
 

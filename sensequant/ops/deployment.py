@@ -292,8 +292,11 @@ def headline(
             return f"Nothing beats the baseline: {found}"
     if not luck:
         return f"{found}; whether that is luck was not asked"
-    told = "is not told apart from luck" if luck["is_luck"] else "is more than luck explains"
-    return f"{found}, which {told}"
+    if luck["is_luck"]:
+        return f"{found}, which is not told apart from luck"
+    if not luck["gains"]:
+        return f"{found}: better than the baseline, and no better than the market but by luck"
+    return f"{found}, which is more than luck explains"
 
 
 def luck_lines(
@@ -380,10 +383,14 @@ def _warning(luck: Mapping[str, Any]) -> list[str]:
     quiet = ["> This plan changes no production setting. A person does, after the approvals below."]
     if not luck:
         return [*quiet, "> Whether the improvement is luck was not asked."]
+    wait = "Paper trading costs nothing; capital should wait for evidence that the search did not"
     if luck["is_luck"]:
-        told = "> **The improvement is not told apart from luck.** Paper trading costs nothing;"
-        return [*quiet, told + " capital should wait for evidence that the search did not choose."]
-    return quiet
+        told = "The improvement is not told apart from luck."
+    elif not luck["gains"]:
+        told = "It is better than the baseline, and no better than the market but by luck."
+    else:
+        return quiet
+    return [*quiet, f"> **{told}** {wait} choose."]
 
 # %% ../../nbs/9_ops/905_deployment.ipynb #0f50ccea
 def _metric_lines(title: str, line: Mapping[str, Any]) -> list[str]:

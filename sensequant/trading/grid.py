@@ -80,7 +80,7 @@ def _usable(
     symbol: str,
     frame: pd.DataFrame,  # `BAR_COLUMNS` by ts
 ) -> tuple[np.ndarray, np.ndarray]:  # (n,) microseconds UTC; (n, 5) `BAR_COLUMNS`
-    "The bars of one symbol as numbers, refused where a fill or a mark would be nonsense."
+    "The bars of one symbol as numbers, refused where their times are no times."
     require_columns(frame, BAR_COLUMNS, symbol)
     index = frame.index
     if not (isinstance(index, pd.DatetimeIndex) and index.tz is not None):
@@ -88,13 +88,7 @@ def _usable(
     stamps = index.as_unit("us").asi8
     if len(stamps) > 1 and not (stamps[1:] > stamps[:-1]).all():
         raise DataError("bars must be sorted, each time once", where=symbol)
-    columns = [frame[name].to_numpy(dtype=float) for name in BAR_COLUMNS]
-    bad = ~_possible(*columns)
-    if bad.any():
-        found = f"{bad.sum()} bars, first {frame.loc[index[bad][0], list(BAR_COLUMNS)].to_dict()}"
-        must = "0 < low <= open, close <= high < infinity and volume >= 0 must hold"
-        raise DataError(must, found, symbol)
-    return stamps, np.column_stack(columns)
+    return stamps, frame[list(BAR_COLUMNS)].to_numpy(dtype=float)
 
 
 def _possible(
@@ -114,6 +108,20 @@ def _possible(
         & (high < np.inf)
         & ((volume >= 0) & (volume < np.inf))
     )
+
+
+def _refuse(
+    symbols: tuple[str, ...],
+    wide: np.ndarray,  # (5, n_bars, n_symbols) `BAR_COLUMNS`
+    present: np.ndarray,  # (n_bars, n_symbols) bool: a bar was given
+) -> None:
+    "Refuse a bar in which a fill or a mark would be nonsense."
+    bad = present & ~_possible(*wide)
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        bar = dict(zip(BAR_COLUMNS, wide[:, row, column].tolist(), strict=True))
+        must = "0 < low <= open, close <= high < infinity and volume >= 0 must hold"
+        raise DataError(must, f"{bad.sum()} bars, first {bar}", symbols[column])
 
 # %% ../../nbs/4_trading/44_grid.ipynb #fa2fae86
 def _event(
@@ -182,14 +190,16 @@ def build_grid(
     stamps = np.unique(np.concatenate([part[0] for part in parts]))
     if not len(stamps):
         raise DataError("a grid needs at least one bar", f"none in {len(symbols)} symbols")
-    wide = np.full((5, len(stamps), len(symbols)), np.nan)
-    wide[4], events = 0.0, []
+    wide, events = np.full((5, len(stamps), len(symbols)), np.nan), []
+    present = np.zeros(wide.shape[1:], bool)
     for column, (symbol, (own, values)) in enumerate(zip(symbols, parts, strict=True)):
-        rows = np.searchsorted(stamps, own)
-        wide[:, rows, column] = values.T
+        rows = np.searchsorted(stamps, own) if len(own) < len(stamps) else np.arange(len(own))
+        wide[:, rows, column], present[rows, column] = values.T, True
         if actions is not None:
             mine = actions_for(actions, symbol, source)
             events += _events(mine, column, own, rows, values[:, 3])
+    _refuse(symbols, wide, present)
+    wide[4][~present] = 0.0
     return _assemble(symbols, stamps, wide, np.array(sorted(events), EVENT))
 
 
@@ -222,10 +232,9 @@ def wide_grid(
     wide = np.array([prices[name] for name in BAR_COLUMNS], dtype=float)
     if wide.shape[1:] != (len(index), len(symbols)):
         raise DataError("arrays must have a row a bar and a column a symbol", wide.shape[1:])
-    held = ~np.isnan(wide[0])
-    wide[4][~held] = 0.0
-    if not (_possible(*wide) | ~held).all() or not (np.isnan(wide[:4]).all(0) == ~held).all():
-        raise DataError("0 < low <= open, close <= high must hold, all NaN without a bar")
+    present = ~np.isnan(wide[:4]).all(axis=0)
+    _refuse(tuple(symbols), wide, present)
+    wide[4][~present] = 0.0
     found = np.zeros(0, EVENT) if events is None else np.sort(events.astype(EVENT), order="row")
     return _assemble(tuple(symbols), index.as_unit("us").asi8, wide, found)
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'REVERSAL', 'FLAT', 'STOP', 'TARGET', 'TIME', 'SQUARE_OFF', 'HALT', 'END', 'REJECTIONS', 'NO_MARKET',
-           'LATE', 'HALTED', 'CAPS', 'CASH', 'VOLUME', 'SIZE', 'SLOT', 'ACCOUNT', 'TRADE', 'DAY', 'FAST', 'rates_of',
-           'flat_rates', 'Tape', 'Numbers', 'numbers_of', 'swings', 'make_tape', 'with_signals', 'Book', 'make_book',
-           'Exit', 'play', 'checked', 'forget_stale']
+           'LATE', 'HALTED', 'CAPS', 'CASH', 'VOLUME', 'SIZE', 'SLOT', 'ACCOUNT', 'TRADE', 'DAY', 'FAST', 'STEP',
+           'rates_of', 'flat_rates', 'Tape', 'Numbers', 'numbers_of', 'swings', 'make_tape', 'with_signals', 'Book',
+           'make_book', 'Exit', 'play', 'checked', 'forget_stale']
 
 # %% ../../nbs/4_trading/45_kernel.ipynb #bfd3810f
 import math
@@ -265,7 +265,8 @@ def make_book(tape: Tape, capacity: int) -> Book:
     return Book(slots, account, np.zeros(capacity, TRADE), days, rejected, np.zeros(n, np.int64))
 
 
-FAST: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
+FAST: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy", "_nrt": False}
+STEP: dict[str, Any] = FAST | {"inline": "always"}
 
 # %% ../../nbs/4_trading/45_kernel.ipynb #5a891aaa
 @njit(**FAST)
@@ -552,7 +553,7 @@ def _sort(tape: Tape, book: Book, n: int) -> None:
         queue[j] = s
 
 
-@njit(**FAST)
+@njit(**STEP)
 def _open(tape: Tape, book: Book, t: int) -> None:
     "Everything that happens at the open of a bar."
     account, events, session = book.account[0], tape.events, tape.session
@@ -596,7 +597,7 @@ def _exit_inside(tape: Tape, book: Book, t: int, s: int, reason: int) -> None:
     _leave(tape, book, t, s, Exit(price, reason == STOP, reason, volume))
 
 # %% ../../nbs/4_trading/45_kernel.ipynb #5b7e9995
-@njit(**FAST)
+@njit(**STEP)
 def _worth(book: Book) -> tuple[int, int]:
     "Equity and exposure at the last closes, paise."
     equity, exposure = book.account[0].cash, 0
@@ -622,7 +623,7 @@ def _halt(book: Book) -> None:
             slot.leaving = HALT
 
 # %% ../../nbs/4_trading/45_kernel.ipynb #a0ebd22c
-@njit(**FAST)
+@njit(**STEP)
 def _settle(tape: Tape, book: Book, t: int) -> None:
     "Last prices, the day's loss and what it allows, and the session's row."
     for s in range(len(book.slots)):
@@ -702,7 +703,7 @@ def _order(tape: Tape, book: Book, t: int, n: int) -> None:
             committed += shares * tape.close[t, s]
 
 # %% ../../nbs/4_trading/45_kernel.ipynb #195601b8
-@njit(**FAST)
+@njit(**STEP)
 def _may_enter(tape: Tape, book: Book, t: int) -> bool:
     "Whether anything may be decided that opens a position."
     rules, minute = tape.rules, tape.minute[t]
@@ -711,7 +712,7 @@ def _may_enter(tape: Tape, book: Book, t: int) -> bool:
     return not 0 <= rules.last_entry <= minute
 
 
-@njit(**FAST)
+@njit(**STEP)
 def _decide(tape: Tape, book: Book, t: int) -> None:
     "Orders for the next open of each symbol that had a bar."
     n, may, short = 0, _may_enter(tape, book, t), tape.rules.short
