@@ -191,7 +191,7 @@ def summarise(result: BacktestResult) -> dict[str, float]:
         "slippage_inr": float(daily["slippage_inr"].sum()),
     }
 
-
+# %% ../../nbs/6_backtest/61_backtester.ipynb #d7b13340
 def _mean_holding(result: BacktestResult) -> float:
     "Sessions a trade lasted, NaN without a trade."
     session, raw = result.grid.session, result.raw_trades

@@ -380,7 +380,7 @@ def _sort(tape: Tape, book: Book, n: int) -> None:
             j -= 1
         queue[j] = s
 
-
+# %% ../../nbs/4_trading/48_kernel.ipynb #da27610c
 @njit(**STEP)
 def _open(tape: Tape, book: Book, t: int) -> None:
     "Everything that happens at the open of a bar."
