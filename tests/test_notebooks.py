@@ -249,6 +249,22 @@ def test_the_tutorial_on_a_broker_shows_what_it_says(tmp_path):
     assert split.count("2024-06-03") == 2 and split.count("split") == 2 and "theirs" in split
 
 
+def test_the_tutorial_on_a_backtest_shows_what_it_says(tmp_path):
+    look, made = ROOT / "nbs/tutorials/3_a_backtest.ipynb", tmp_path / "look.ipynb"
+    how = {"kernel_name": "python3", "cwd": str(ROOT), "progress_bar": False}
+    papermill.execute_notebook(str(look), str(made), **how)
+    cells = json.loads(made.read_text("utf-8"))["cells"]
+    outputs = [o for c in cells for o in c.get("outputs", [])]
+    assert not [o for o in outputs if o.get("name") == "stderr"]
+    pictures = [
+        "".join(o["data"]["text/plain"]) for o in outputs if "image/png" in o.get("data", {})
+    ]
+    assert len(pictures) == 5
+    oracle = next(p for p in pictures if "oracle" in p)
+    rich, late = (float(x.replace(",", "")) for x in re.findall(r"(-?[\d,]+)%", oracle))
+    assert rich > 500 and late < 0  # who knows tomorrow gets rich, unless he is told too late
+
+
 def test_the_first_look_runs_on_a_finished_run(finished_run, tmp_path, monkeypatch):
     monkeypatch.setenv("SENSEQUANT_HOME", str(finished_run.home))
     look = ROOT / "nbs/tutorials/1_first_look.ipynb"

@@ -4,11 +4,15 @@
 
 # %% auto #0
 __all__ = ['SESSIONS_A_YEAR', 'annualised_return', 'annualised_volatility', 'sharpe', 'sortino', 'drawdown', 'max_drawdown',
-           'hit_rate', 'turnover', 'sharpe_variance', 'sharpe_se', 'psr_of', 'psr', 'ljung_box', 'hac_lags',
-           'AlphaBeta', 'alpha_beta', 'RankIC', 'rank_ic']
+           'hit_rate', 'turnover', 'moments', 'sharpe_variance', 'sharpe_se', 'psr_of', 'psr', 'minimum_track_record',
+           'expected_maximum', 'minimum_backtest', 'luckiest_ratio', 'dsr', 'Overfitting', 'overfitting', 'ljung_box',
+           'autocorrelations', 'annual_factor', 'hac_lags', 'AlphaBeta', 'alpha_beta', 'information_ratio', 'by_fold',
+           'ratio_gradient', 'sharpe_difference_se', 'RankIC', 'rank_ic', 'fills_of', 'capacity']
 
 # %% ../../nbs/6_backtest/60_metrics.ipynb #55ab3583
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -120,7 +124,7 @@ def turnover(
     return traded / equity.shift(1, fill_value=start)
 
 # %% ../../nbs/6_backtest/60_metrics.ipynb #f2d24d6a
-def _moments(
+def moments(
     returns: pd.Series,  # fraction per session
 ) -> tuple[float, float]:  # skewness and kurtosis (normal: 0 and 3), population moments
     "Shape of the returns."
@@ -139,12 +143,14 @@ def sharpe_variance(
 
 def sharpe_se(
     returns: pd.Series,  # fraction per session
+    normal: bool = False,  # True: Lo's error, which takes the returns for normal
 ) -> float:  # standard error of the ratio per session; NaN where the ratio is
     "Standard error of `sharpe`, for independent returns of any shape."
     ratio = sharpe(returns)
     if np.isnan(ratio):
         return np.nan
-    return float(np.sqrt(sharpe_variance(ratio, *_moments(returns)) / len(returns)))
+    shape = (0.0, 3.0) if normal else moments(returns)
+    return float(np.sqrt(sharpe_variance(ratio, *shape) / len(returns)))
 
 # %% ../../nbs/6_backtest/60_metrics.ipynb #22efc575
 def psr_of(
@@ -165,7 +171,115 @@ def psr(
 ) -> float:  # probability in [0, 1]; NaN where the ratio is
     "`psr_of` the ratio and shape of `returns`. It is blind to serial correlation."
     ratio = sharpe(returns)
-    return np.nan if np.isnan(ratio) else psr_of(ratio, len(returns), *_moments(returns), benchmark)
+    return np.nan if np.isnan(ratio) else psr_of(ratio, len(returns), *moments(returns), benchmark)
+
+
+def minimum_track_record(
+    ratio: float,  # observed Sharpe ratio per period
+    skewness: float = 0.0,  # of the returns
+    kurtosis: float = 3.0,  # of the returns, 3 when normal
+    benchmark: float = 0.0,  # ratio to beat, per period
+    confidence: float = 0.95,  # of the claim, in (0.5, 1)
+) -> float:  # periods, > 1; NaN where the ratio does not exceed its benchmark
+    "How many periods it takes until `psr_of` the ratio reaches `confidence`."
+    if not ratio > benchmark:
+        return np.nan
+    wanted = stats.norm.ppf(confidence) / (ratio - benchmark)
+    return float(1 + sharpe_variance(ratio, skewness, kurtosis) * wanted**2)
+
+# %% ../../nbs/6_backtest/60_metrics.ipynb #5b2ff1ac
+def expected_maximum(
+    n_trials: int,  # independent tries, >= 1
+) -> float:  # standard deviations; 0 for a single try
+    "What the best of `n_trials` standard normal draws is on average, by extreme value theory."
+    if n_trials < 2:
+        return 0.0
+    tails = 1 - np.array([1, 1 / np.e]) / n_trials
+    return float(np.dot([1 - np.euler_gamma, np.euler_gamma], stats.norm.ppf(tails)))
+
+
+def minimum_backtest(
+    n_trials: int,  # independent tries, >= 1
+    target: float = 1.0,  # Sharpe ratio a year, > 0
+) -> float:  # years
+    "The length of history below which the best of many skill-less rules shows `target`."
+    return (expected_maximum(n_trials) / target) ** 2
+
+# %% ../../nbs/6_backtest/60_metrics.ipynb #8d1bb62a
+def luckiest_ratio(
+    variance: float,  # of the tries' Sharpe ratios, per session
+    n_trials: int,  # tries, >= 1
+) -> float:  # Sharpe ratio per session, >= 0
+    "The Sharpe ratio that the best of many tries without skill is expected to show."
+    return float(np.sqrt(variance) * expected_maximum(n_trials))
+
+
+def dsr(
+    returns: pd.Series,  # of the chosen rule, fraction per session
+    ratios: np.ndarray,  # (n_trials,) Sharpe ratio per session of every try, the chosen among them
+) -> float:  # probability in [0, 1]; `psr` against 0 for a single try
+    "Deflated Sharpe ratio: `psr` against what the luckiest of the tries would show."
+    spread = float(np.var(ratios, ddof=1)) if len(ratios) > 1 else 0.0
+    return psr(returns, luckiest_ratio(spread, len(ratios)))
+
+# %% ../../nbs/6_backtest/60_metrics.ipynb #dcd4cf4c
+@dataclass(frozen=True)
+class Overfitting:
+    "Whether choosing the best of many rules in one half of history helps in the other half."
+
+    pbo: float  # share of splits whose choice ends at or below the median, in [0, 1]
+    loss: float  # share of splits whose choice has a Sharpe ratio below 0 out of sample
+    degradation: float  # slope of its ratio out of sample on its ratio in sample
+    n_splits: int
+    n_configs: int
+
+
+def _halves(
+    blocks: int,  # even
+    size: int = 2000,  # splits a piece, to spare memory
+) -> Iterator[np.ndarray]:  # (n, blocks) 1.0 where a block is in sample
+    "All ways of taking half of the blocks."
+    chosen = np.array(list(combinations(range(blocks), blocks // 2)))
+    for piece in np.array_split(chosen, -(-len(chosen) // size)):
+        inside = np.zeros((len(piece), blocks))
+        np.put_along_axis(inside, piece, 1.0, axis=1)
+        yield inside
+
+# %% ../../nbs/6_backtest/60_metrics.ipynb #e892ade9
+def _pooled_sharpe(
+    inside: np.ndarray,  # (n_splits, blocks) 1.0 where a block counts
+    sums: np.ndarray,  # (3, blocks, n_configs): sessions, returns, squared returns
+) -> np.ndarray:  # (n_splits, n_configs) ratio per session; 0 where nothing varies
+    "Sharpe ratio over the blocks of every split, from the blocks' sums alone."
+    n, total, squares = (inside @ part for part in sums)
+    variance = (squares - total**2 / n) / (n - 1)
+    varies = variance > 1e-12 * np.maximum(squares / n, 1e-300)
+    spread = np.sqrt(np.where(varies, variance, 1.0))
+    return np.where(varies, total / n / spread, 0.0)
+
+
+def overfitting(
+    returns: np.ndarray,  # (n_sessions, n_configs) fractions, none missing
+    blocks: int = 16,  # even; sessions are cut into as many stretches of almost equal length
+) -> Overfitting:
+    "Probability of backtest overfitting, by combinatorially symmetric cross-validation."
+    if blocks % 2 or len(returns) < 2 * blocks or returns.shape[1] < 2:
+        must = "overfitting needs an even number of blocks, two sessions in each, and two rules"
+        raise DataError(must, f"{blocks} blocks, shape {returns.shape}")
+    cuts = np.linspace(0, len(returns), blocks + 1).astype(int)[:-1]
+    parts = (np.ones_like(returns), returns, returns**2)
+    sums = np.stack([np.add.reduceat(part, cuts, axis=0) for part in parts])
+    picks = []
+    for inside in _halves(blocks):
+        seen, unseen = _pooled_sharpe(inside, sums), _pooled_sharpe(1 - inside, sums)
+        best = seen.argmax(axis=1)[:, None]
+        won = np.take_along_axis(unseen, best, axis=1)
+        rank = (unseen < won).sum(axis=1) + ((unseen == won).sum(axis=1) + 1) / 2
+        picks.append(np.c_[np.take_along_axis(seen, best, axis=1), won, rank])
+    seen, won, rank = np.concatenate(picks).T
+    slope = float(np.polyfit(seen, won, 1)[0]) if _varies(seen) else np.nan
+    share = float((rank / (returns.shape[1] + 1) <= 0.5).mean())
+    return Overfitting(share, float((won < 0).mean()), slope, len(rank), returns.shape[1])
 
 # %% ../../nbs/6_backtest/60_metrics.ipynb #dbc43b9e
 def ljung_box(
@@ -178,6 +292,25 @@ def ljung_box(
     if not _varies(values) or lags < 1:
         return np.nan
     return float(acorr_ljungbox(values, lags=[lags])["lb_pvalue"].iloc[0])
+
+# %% ../../nbs/6_backtest/60_metrics.ipynb #1716e937
+def autocorrelations(
+    returns: pd.Series,  # fraction per session
+    lags: int,  # >= 1, below the number of sessions
+) -> np.ndarray:  # (lags,) in [-1, 1], from the first lag on
+    "How much each session repeats the ones before it; all share one mean and variance."
+    gap = _values(returns) - _values(returns).mean()
+    return np.array([gap[k:] @ gap[:-k] for k in range(1, lags + 1)]) / (gap @ gap)
+
+
+def annual_factor(
+    correlations: np.ndarray,  # (lags,) from the first lag on; later ones count as 0
+    periods: int = SESSIONS_A_YEAR,  # periods a year
+) -> float:  # root of `periods` without correlation; NaN where the sum has no variance
+    "What turns a Sharpe ratio per period into one of a year when periods repeat each other."
+    rho = np.asarray(correlations, dtype=float)[: periods - 1]
+    variance = periods + 2 * (periods - np.arange(1, len(rho) + 1)) @ rho
+    return float(periods / np.sqrt(variance)) if variance > 0 else np.nan
 
 # %% ../../nbs/6_backtest/60_metrics.ipynb #b9b9b91d
 def hac_lags(
@@ -229,6 +362,81 @@ def alpha_beta(
     t, p = float(fit.tvalues[0]), float(fit.pvalues[0])
     return AlphaBeta(alpha, beta, alpha_se, beta_se, t, p, len(y), lags)
 
+# %% ../../nbs/6_backtest/60_metrics.ipynb #8df405b8
+def information_ratio(
+    returns: pd.Series,  # strategy, fraction per session
+    benchmark: pd.Series,  # market, fraction per session; same index
+    periods: int = 1,  # 1 per session, 252 for a year
+) -> float:  # NaN where the difference does not vary
+    "Reward for leaving the benchmark: the Sharpe ratio of the difference, with a beta of 1."
+    if not returns.index.equals(benchmark.index):
+        raise DataError("returns and benchmark must share their index", len(benchmark))
+    return sharpe(returns - benchmark, periods)
+
+# %% ../../nbs/6_backtest/60_metrics.ipynb #2bd3adde
+def by_fold(
+    returns: pd.DataFrame,  # columns net_return, benchmark_return and alpha, by session
+    folds: pd.Series,  # name of the fold of each session; same index
+) -> pd.DataFrame:  # a row a fold in order of time
+    "Whether a result comes from every stretch of history or from one."
+    groups = returns.groupby(folds, sort=False)
+    grown = groups[["net_return", "benchmark_return"]].agg(lambda r: (1 + r).prod() - 1)
+    days = returns.index.to_series().groupby(folds, sort=False).agg(["first", "last", "size"])
+    table = grown.assign(alpha_daily=groups["alpha"].mean())
+    table = days.rename(columns={"size": "n_sessions"}).join(table)
+    return table.sort_values("first").rename_axis("fold")
+
+# %% ../../nbs/6_backtest/60_metrics.ipynb #9e65aa85
+def _parzen(
+    moments: np.ndarray,  # (n, k) deviations
+) -> np.ndarray:  # (k, k) long-run covariance
+    "Kernel estimate with Parzen's weights and Andrews' bandwidth for them."
+    n, k = moments.shape
+    before, after = moments[:-1] - moments[:-1].mean(0), moments[1:] - moments[1:].mean(0)
+    rho = (before * after).sum(0) / (before**2).sum(0)
+    power = ((after - rho * before) ** 2).mean(0) ** 2
+    alpha = (4 * rho**2 * power / (1 - rho) ** 8).sum() / (power / (1 - rho) ** 4).sum()
+    width = min(2.6614 * (alpha * n) ** 0.2, n - 1)
+    total = moments.T @ moments
+    for lag in range(1, int(np.ceil(width))):
+        x = lag / width
+        weight = 1 - 6 * x**2 + 6 * x**3 if x <= 0.5 else 2 * (1 - x) ** 3
+        cross = moments[lag:].T @ moments[:-lag]
+        total += weight * (cross + cross.T)
+    return total / (n - k)
+
+
+def _prewhitened(
+    moments: np.ndarray,  # (n, k) deviations
+) -> np.ndarray:  # (k, k) long-run covariance
+    "The same after a vector autoregression took out what one day says of the next."
+    step = np.linalg.lstsq(moments[:-1], moments[1:], rcond=None)[0].T
+    left, size, right = np.linalg.svd(step)
+    step = left @ np.diag(np.minimum(size, 0.97)) @ right
+    colour = np.linalg.inv(np.eye(len(step)) - step)
+    return colour @ _parzen(moments[1:] - moments[:-1] @ step.T) @ colour.T
+
+# %% ../../nbs/6_backtest/60_metrics.ipynb #cb31fdb9
+def ratio_gradient(
+    pairs: np.ndarray,  # (..., n, 2) returns of two rules
+) -> tuple[np.ndarray, np.ndarray]:  # (..., 4) gradient; (..., n, 4) deviations of the moments
+    "How the difference of two Sharpe ratios answers to means and squares, for the delta method."
+    first, second = pairs.mean(axis=-2), (pairs**2).mean(axis=-2)
+    cube = (second - first**2) ** 1.5
+    slopes = np.concatenate([second / cube, -first / (2 * cube)], axis=-1) * [1, -1, 1, -1]
+    centre = np.concatenate([first, second], axis=-1)
+    return slopes, np.concatenate([pairs, pairs**2], axis=-1) - centre[..., None, :]
+
+
+def sharpe_difference_se(
+    pairs: np.ndarray,  # (n, 2) returns of two rules on the same sessions
+    prewhiten: bool = True,  # as the authors' bootstrap studentises
+) -> float:  # of the difference per session
+    "Ledoit and Wolf's error of the difference, which bears tails, clusters and memory."
+    slopes, deviations = ratio_gradient(pairs)
+    covariance = _prewhitened(deviations) if prewhiten else _parzen(deviations)
+    return float(np.sqrt(slopes @ covariance @ slopes / len(pairs)))
+
 # %% ../../nbs/6_backtest/60_metrics.ipynb #867076d4
 @dataclass(frozen=True)
 class RankIC:
@@ -260,3 +468,43 @@ def rank_ic(
     fit = _hac_fit(ic.to_numpy(), np.ones(n), lags)
     icir = float(ic.mean() / ic.std(ddof=1))
     return RankIC(ic, mean, icir, float(fit.tvalues[0]), float(fit.pvalues[0]), n)
+
+# %% ../../nbs/6_backtest/60_metrics.ipynb #f35cb4df
+def fills_of(
+    trades: pd.DataFrame,  # symbol, quantity, entry_ts, exit_ts, entry_price_inr, exit_price_inr
+    bars: Mapping[str, pd.DataFrame],  # by symbol, column volume (shares), by ts of the fills
+) -> (
+    pd.DataFrame
+):  # symbol, ts, value_inr, participation (fraction of the bar's volume), two a trade
+    "Every purchase and sale beside the volume that was there to take it."
+    legs = [
+        trades[["symbol", "quantity", f"{leg}_ts", f"{leg}_price_inr"]].set_axis(
+            ["symbol", "quantity", "ts", "price"], axis=1
+        )
+        for leg in ("entry", "exit")
+    ]
+    fills = pd.concat(legs, ignore_index=True)
+    volume = pd.Series(np.nan, fills.index)
+    for symbol, rows in fills.groupby("symbol"):
+        volume[rows.index] = bars[symbol]["volume"].reindex(rows["ts"]).to_numpy(dtype=float)
+    if not (volume > 0).all():
+        found = fills.loc[~(volume > 0), ["symbol", "ts"]].iloc[0].to_dict()
+        raise DataError("every fill needs a bar with volume", found, "fills")
+    shares = fills["quantity"].abs()
+    columns = {"value_inr": shares * fills["price"], "participation": shares / volume}
+    return fills[["symbol", "ts"]].assign(**columns)
+
+# %% ../../nbs/6_backtest/60_metrics.ipynb #a917e166
+def capacity(
+    fills: pd.DataFrame,  # `fills_of`: value_inr and participation
+    alpha: float,  # net of all costs, the impact of these fills included, fraction per session
+    capital: float,  # account that made these fills, INR, > 0
+    n_sessions: int,  # of the backtest
+    impact_bps: float,  # cost of taking a whole bar's volume, basis points of the value, > 0
+) -> float:  # INR; 0 where even a small account earns nothing, NaN where nothing was traded
+    "The capital at which impact has eaten the net alpha."
+    root = (fills["value_inr"] * np.sqrt(fills["participation"])).sum()
+    paid = impact_bps / 10_000 * root / capital / n_sessions
+    if not paid > 0:
+        return np.nan
+    return float(capital * (max(0.0, alpha + paid) / paid) ** 2)

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import date, datetime, time, timedelta
 from enum import Enum
 from pathlib import Path, PurePath
-from typing import Any, Generic, TypedDict, TypeVar, Unpack
+from time import monotonic, sleep
+from typing import IO, Any, Generic, TypedDict, TypeVar, Unpack
 
 import numpy as np
 import pandas as pd
@@ -118,12 +119,28 @@ def make_folder(folder: Path) -> None:
 @contextmanager
 def locked(
     path: Path,  # of the lock file; made, with its folder, when missing
+    wait_s: float = math.inf,  # longest wait, s, >= 0; then a DataError
 ) -> Iterator[None]:
     "Hold the only right that `path` stands for, waiting for whoever has it."
     make_folder(path.parent)
     with open(path, "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _take(lock, path, wait_s)
         yield
+
+
+def _take(lock: IO, path: Path, wait_s: float) -> None:
+    "Lock the open file; with a limit the system is asked again and again."
+    if wait_s == math.inf:
+        return fcntl.flock(lock, fcntl.LOCK_EX)
+    end = monotonic() + wait_s
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if monotonic() >= end:
+                must = f"a lock must come free within {wait_s:g} s"
+                raise DataError(must, "held", path, "Another process holds it; retry") from None
+            sleep(0.002)
 
 # %% ../../nbs/0_core/03_events.ipynb #a2446b2d
 def write_refusal(

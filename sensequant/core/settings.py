@@ -378,6 +378,9 @@ class TradingSettings(BaseModel):
     intraday_ema_bars: int = _number(50, 2, 500, "bars", "span of the EMA")
     intraday_oversold: float = _number(30.0, 0, 50, "RSI", "at or below it no new short")
     intraday_overbought: float = _number(70.0, 50, 100, "RSI", "at or above it no new long")
+    intraday_clear_frac: float = _number(
+        0.001, 0, 0.05, "fraction", "by which the price must clear both averages"
+    )
     intraday_last_entry: str = _word(
         "1minute=15:15,5minute=15:00,15minute=14:45,30minute=14:15",
         "IST; from a bar of this start on nothing is opened",
@@ -401,13 +404,86 @@ class TradingSettings(BaseModel):
 class AccuracySettings(BaseModel):
     "Prediction traces and what counts as right."
 
+    trace_sample_frac: float = _number(1.0, 0, 1, "fraction", "predictions that are traced")
+    trace_features: bool = _word(
+        True, "a trace keeps the features it was made of", "", "true or false"
+    )
+    trace_compress: bool = _word(
+        False, "gzip a file of traces when it is full", "", "true or false"
+    )
+    trace_buffer: int = _number(100, 1, 100_000, "traces", "held back before they are written")
+    trace_file_mb: float = _number(100.0, 0.01, 10_000, "MB", "size at which a new file begins")
+    right_intraday_frac: float = _number(
+        0.003, 0, 0.5, "fraction", "gross move that makes an intraday opinion right"
+    )
+    right_swing_frac: float = _number(
+        0.005, 0, 0.5, "fraction", "gross move that makes an opinion held overnight right"
+    )
+    accuracy_window: int = _number(100, 10, 100_000, "trades", "newest, compared with all")
+    alert_precision_drop: float = _number(0.10, 0, 1, "fraction", "loss of precision that alerts")
+    alert_win_rate_drop: float = _number(0.10, 0, 1, "fraction", "loss of win rate that alerts")
+    alert_sharpe_drop: float = _number(0.5, 0, 10, "a year", "loss of Sharpe ratio that alerts")
+    alert_standard_errors: float = _number(
+        2.0, 0, 10, "standard errors", "of the newest trades, that a loss must exceed too"
+    )
+
 # %% ../../nbs/0_core/02_settings.ipynb #ed9db068
 class OptimizerSettings(BaseModel):
     "The search for better parameters of a rule."
 
+    search_sampler: Literal["tpe", "random", "grid"] = _word(
+        "tpe", "what proposes configurations", "", "tpe, random or grid"
+    )
+    search_objective: str = _word(
+        "composite", "what is made as large as can be: composite, sharpe_ratio, hit_ratio, ..."
+    )
+    search_max_configs: int = _number(
+        50, 1, 100_000, "configurations", "measured beside the baseline"
+    )
+    search_batch: int = _number(
+        8, 1, 1000, "configurations", "that tpe proposes before it learns what became of them"
+    )
+    search_min_trades: int = _number(
+        10, 0, 100_000, "trades", "out of fold, below which a configuration has no rank"
+    )
+    search_train_sessions: int = _number(
+        252, 1, 5000, "sessions", "before the first test part; history for indicators"
+    )
+    search_test_sessions: int = _number(
+        63, 1, 2500, "sessions", "of a test part; only these are scored"
+    )
+    search_tolerance_frac: float = _number(
+        0.05, 0, 1, "fraction", "that a figure may move when a finished search is validated"
+    )
+
 # %% ../../nbs/0_core/02_settings.ipynb #5c00eb84
 class GateSettings(BaseModel):
     "The hold-out, the yearly error budget and what a pass needs."
+
+    propose: bool = _word(
+        False, "ask for promotion: spends error budget, opens the hold-out", "", "true or false"
+    )
+    gate_statistic: Literal["auto", "alpha", "rank_ic"] = _word(
+        "auto",
+        "where skill must show; auto: rank_ic for the pooled scope, else alpha",
+        "",
+        "auto, alpha or rank_ic",
+    )
+    yearly_error: float = _number(
+        0.05, 0.001, 0.5, "probability", "of one false promotion a year that proposals share"
+    )
+    holdout_sessions: int = _number(
+        120, 20, 1000, "sessions", "newest ones that nothing reads until all else has passed"
+    )
+    gate_min_coverage_frac: float = _number(
+        0.95, 0, 1, "fraction", "sessions held of those expected that a pass needs"
+    )
+    gate_max_rejected_frac: float = _number(
+        0.01, 0, 1, "fraction", "rejected rows of those read that a pass survives"
+    )
+    gate_reference_bars: Literal["report", "require"] = _word(
+        "report", "whether the reference's score bars decide", "", "report or require"
+    )
 
 # %% ../../nbs/0_core/02_settings.ipynb #ea932187
 class BookSettings(BaseModel):

@@ -50,6 +50,10 @@ th { font-weight:600; color:var(--soft) } .n { text-align:right; white-space:now
 img { max-width:100%; height:auto; background:#fff; border-radius:.4rem; padding:.3rem; margin:.4rem 0 }
 pre { background:var(--card); border-radius:.4rem; padding:.7rem .9rem; overflow-x:auto; font-size:.83rem }
 .error { border-left:3px solid var(--bad) }
+@page { size:A4; margin:14mm }
+@media print { main { padding:0; max-width:none } body { font-size:12.5px } .scroll { overflow:visible }
+  h1, h2, h3 { break-after:avoid } tr, img, pre { break-inside:avoid } pre { white-space:pre-wrap }
+  table { font-size:.78rem } th, td { padding:.2rem .45rem } }
 """
 
 # %% ../../nbs/7_govern/77_pages.ipynb #0aa41aff

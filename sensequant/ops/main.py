@@ -12,6 +12,9 @@ from .broker_cli import breeze, sandbox
 from .cli import app
 from .collect_cli import books, sentiment
 from .data_cli import data
+from .judge_cli import backtest
+from .optimize_cli import optimize
+from .report_cli import report
 from .train_cli import bench, check, devices, export, train
 
 # %% ../../nbs/9_ops/999_main.ipynb #24ca49b5
@@ -20,6 +23,9 @@ data.command()(books)
 app.add_typer(data, name="data")
 app.add_typer(breeze, name="breeze")
 app.command()(sandbox)
+app.command()(backtest)
+app.command()(optimize)
+app.command()(report)
 app.command()(devices)
 app.command()(export)
 app.add_typer(train, name="train")

@@ -98,6 +98,7 @@ class IntradayParams:
     ema_bars: int = 50
     oversold: float = 30.0
     overbought: float = 70.0
+    clear_frac: float = 0.001
 
     prefix: ClassVar[str] = "intraday_"
 
@@ -466,7 +467,7 @@ def short_session(
 # %% ../../nbs/4_trading/43_strategies.ipynb #aceab71b
 @dataclass(frozen=True)
 class Intraday:
-    "Wants a share above the day's average price and its EMA, unless it has run already."
+    "Wants a share that rose above the day's average price and its EMA, unless it has run already."
 
     params: IntradayParams = field(default_factory=IntradayParams)
     clock: Clock = field(default_factory=Clock)
@@ -490,12 +491,12 @@ class Intraday:
         return {"close": close, "vwap": paid, "ema": ema, "rsi": rsi, "open": open_ * 1.0}
 
     def wish(self, m: Measures) -> tuple[np.ndarray, np.ndarray]:
-        "1 above both, -1 below both, 0 between; an extreme RSI begins nothing."
+        "1 from above both to below both, -1 the other way round; an extreme RSI begins nothing."
         open_, p = m["open"] > 0, self.params
-        up = open_ & (m["close"] > m["vwap"]) & (m["close"] > m["ema"])
-        down = open_ & (m["close"] < m["vwap"]) & (m["close"] < m["ema"])
-        long = latched(up & (m["rsi"] < p.overbought), ~up)
-        short = latched(down & (m["rsi"] > p.oversold), ~down)
+        above = m["close"] > np.maximum(m["vwap"], m["ema"]) * (1 + p.clear_frac)
+        below = m["close"] < np.minimum(m["vwap"], m["ema"]) * (1 - p.clear_frac)
+        long = latched(open_ & above & (m["rsi"] < p.overbought), below | ~open_)
+        short = latched(open_ & below & (m["rsi"] > p.oversold), above | ~open_)
         share = np.where(long, m["rsi"], 100 - m["rsi"]) / 100
         want = long * np.int8(1) - short * np.int8(1)
         return want, np.where(want != 0, share, 0.0)
