@@ -35,7 +35,7 @@ from ..data.feeds import CsvFeed
 from ..data.ingest import ingest
 from ..data.runs import Run, pin_run, warm_start
 from ..features.context import equal_weight
-from ..features.feature_sets import Context, feature_names, parse_groups, pin_context
+from ..features.feature_sets import Context, feature_names, parse_groups, pin_contexts
 from ..features.labels import LabelSpec
 from ..learn import tables
 from ..learn.batch import BatchRules, StudentRules, train_students, train_teachers
@@ -274,6 +274,7 @@ class Plan:
     start: date = date(2022, 1, 1)  # first day of the windows
     end: date = date(2024, 12, 31)  # last day of the bars
     warmup_days: int = 180  # calendar days of bars before start
+    holdout_sessions: int = 120  # newest ones, which only the gate may read
     recipe: Recipe = field(default_factory=lambda: Recipe(scope="pooled"))
     student: StudentRules = field(default_factory=StudentRules)
     folder: Path | None = None  # of real daily CSV bars, for bootstrap and shifted
@@ -402,8 +403,8 @@ def begin_run(
     run, store = Run("live_candidate_20240101_093000", home), BarStore(home / "data" / "bars")
     span = (plan.days[0].date(), plan.end)
     done = ingest(market, store, market.symbols(), Interval.DAY, *span)
-    inputs = pin_run(run, store, done, market.start)
-    pin_context(run, inputs, plan.recipe.groups, None, None)
+    pin_run(run, store, done, market.start, None, plan.holdout_sessions)
+    pin_contexts(run, plan.recipe.groups)
     with run.state as state:
         state.start_run(run.run_id, {}, 1, True)
     return run

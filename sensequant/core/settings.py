@@ -189,9 +189,9 @@ class ModelSettings(BaseModel):
     )
     teacher_num_leaves: int = _number(127, 2, 4096, "leaves", "most leaves of a tree")
     teacher_max_depth: int = _number(9, -1, 64, "levels", "deepest tree, -1 for any")
-    teacher_learning_rate: float = _number(0.01, 1e-4, 1, "", "shrinkage of each tree")
+    teacher_learning_rate: float = _number(0.05, 1e-4, 1, "", "shrinkage of each tree")
     teacher_n_estimators: int = _number(
-        500, 1, 20_000, "trees", "boosting rounds, each one a class"
+        100, 1, 20_000, "trees", "boosting rounds, each one a class"
     )
     teacher_min_child_samples: int = _number(20, 1, 100_000, "rows", "fewest rows of a leaf")
     teacher_subsample: float = _number(0.8, 0.05, 1, "fraction", "rows drawn for each tree")

@@ -51,8 +51,8 @@ class TreeSpec:
     objective: str = "three_class"  # of `OBJECTIVES`
     num_leaves: int = 127
     max_depth: int = 9
-    learning_rate: float = 0.01
-    n_estimators: int = 500  # rounds; three classes grow three trees a round
+    learning_rate: float = 0.05
+    n_estimators: int = 100  # rounds; three classes grow three trees a round
     min_child_samples: int = 20  # rows
     subsample: float = 0.8  # fraction of the rows drawn for each tree
     colsample_bytree: float = 0.8  # fraction of the features drawn for each tree

@@ -39,9 +39,9 @@ from sensequant.ops.cli import (
 # %% ../../nbs/9_ops/913_calibrate_cli.ipynb #8a3797aa
 def production_judge(settings: Settings) -> Any:  # a Judge, importable by workers
     "Who says yes or no in a run with these settings."
-    from sensequant.backtest.calibration import rank_ic_judge
+    from sensequant.govern.judgement import judge_plan, judged
 
-    return partial(rank_ic_judge, horizon=settings.horizon_days)
+    return partial(judged, plan=judge_plan(settings.model_dump() | {"propose": True}))
 
 
 def _student_rules(settings: Settings, config: dict[str, Any]) -> Any:  # StudentRules
@@ -77,7 +77,7 @@ def plan_of(
     folder = Path(config["csv_dir"]) if market in REAL else None
     recipe = replace(recipe_of(config, n), compare_scopes=False)
     span = (settings.start, settings.end, settings.warmup_days)
-    learned = (recipe, _student_rules(settings, config))
+    learned = (settings.holdout_sessions, recipe, _student_rules(settings, config))
     return Plan(market, signal_ic, n, *span, *learned, folder=folder, naive=naive)
 
 # %% ../../nbs/9_ops/913_calibrate_cli.ipynb #4984fcb7
