@@ -35,7 +35,7 @@ $(STAMP): settings.ini setup.py pyproject.toml
 	touch $(STAMP)
 
 run: $(STAMP)  ## the whole training run on the simulated market; SIGNAL_IC=0 shows a refusal
-	@$(SENSEQUANT) run $(if $(SIGNAL_IC),--signal-ic $(SIGNAL_IC)) $(ARGS)
+	@$(SENSEQUANT) run $(if $(ARGS),$(ARGS),--propose) $(if $(SIGNAL_IC),--signal-ic $(SIGNAL_IC))
 
 test: $(STAMP)  ## all checks and tests; FAST=1 leaves out the slow ones
 	@$(PY) tests/check.py $(if $(FAST),--fast)
