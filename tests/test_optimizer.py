@@ -382,3 +382,27 @@ def test_the_report_of_a_search_is_made(null_search, monkeypatch):
     assert done.exit_code == 0, done.output
     page = (home / "found/optimization.html").read_text()
     assert "not told apart from luck" in page and page.count("data:image/png") >= 7
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_search_that_goes_on(null_search, tmp_path, monkeypatch):
+    home, _ = null_search
+    main = "from sensequant.ops.main import main; main()"
+    words = ["optimize", "--space", home / "space.yaml", "--source", "simulated"]
+    words += ["--sim-symbols", 5, "--signal-ic", 0, "--seed", 3, "--capital", 1_000_000]
+    words += ["--start", "2022-01-03", "--end", "2024-12-31", "--max-configs", 6]
+    words += ["--set", "search_train_sessions=100", "--sampler", "random", "--workers", 1]
+    env = os.environ | {"SENSEQUANT_HOME": str(home)}
+    folder = tmp_path / "search"
+    command = [sys.executable, "-c", main, *map(str, words), "--output-dir", str(folder)]
+    victim = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+    until = time.monotonic() + 240
+    while len(list(folder.glob("telemetry/*/daily.parquet"))) < 2 and time.monotonic() < until:
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGINT)
+    told, _ = victim.communicate()
+    assert victim.returncode == 130, told
+    assert f"go on with: sensequant optimize --resume --output-dir {folder}" in told
+    monkeypatch.setenv("SENSEQUANT_HOME", str(home))
+    done = CliRunner().invoke(app, ["optimize", "--resume", "--output-dir", str(folder)])
+    assert done.exit_code == 0 and "6 configurations" in done.output, done.output
