@@ -163,6 +163,7 @@ AUDIT_CHECKS = (  # none of them may be left out
     "features",
     "rescore",
     "returns",
+    "trial",
 )
 
 

@@ -63,6 +63,7 @@ def _training(run: Run) -> dict[str, Any]:
 # %% ../../nbs/7_govern/76_briefing.ipynb #63c38c96
 def build_briefing(
     run: Run,
+    certificate: str,  # what is known of the gate's own error, a sentence
 ) -> dict[str, Any]:  # JSON-ready
     "Everything the page says, as data."
     audit = run.artifacts.read_json("audit/checks.json")
@@ -75,6 +76,7 @@ def build_briefing(
         "status": status,
         "recommendation": advice[status],
         "gate": verdict,
+        "certificate": certificate,
         "environments": verdict["environments"] if verdict["passed"] else [],
         "training": _training(run),
         "validation": metrics["validation"],
@@ -228,6 +230,7 @@ def briefing_text(
             "",
         ]
     lines += [f"Run `{briefing['run_id']}`, status **{briefing['status']}**, {gate['kind']}.", ""]
+    lines += [briefing["certificate"], ""]
     lines += [f"- {r}" for r in gate["reasons"]] + ([""] if gate["reasons"] else [])
     lines += ["## What had to hold", "", *_table(_checks(gate["checks"])), ""]
     lines += ["## Evidence", "", *_table(evidence_table(briefing).reset_index()), ""]

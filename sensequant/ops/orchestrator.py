@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PHASES', 'TEACHER_KEYS', 'STUDENT_KEYS', 'CHECKLIST_KEYS', 'GROUPED', 'FLAGS', 'NOT_GIVEN', 'SERVICE_KEYS', 'Phase',
-           'run_config', 'phase_parameters', 'open_feed', 'require_inputs', 'require_folders', 'Plan', 'recipe_of',
-           'plan_run', 'state_of', 'begin_run', 'claim_run', 'done_phases', 'undo_rest', 'Interrupts',
+           'run_config', 'settings_of', 'phase_parameters', 'open_feed', 'require_inputs', 'require_folders', 'Plan',
+           'recipe_of', 'plan_run', 'state_of', 'begin_run', 'claim_run', 'done_phases', 'undo_rest', 'Interrupts',
            'phase_environment', 'PhaseFailed', 'execute_phase', 'warnings_of', 'traceback_of', 'Watcher', 'Silent',
            'followed', 'Ended', 'verdict_of', 'sweep', 'go_on', 'count_windows', 'render_phase', 'render_front',
            'render_again']
@@ -188,6 +188,16 @@ def run_config(
     service = {k: given.pop(k) for k in SERVICE_KEYS}
     own = {"teacher": teacher, "service": service} | student
     return given | own | {"symbols": sorted(symbols)} | dict.fromkeys(FLAGS, False) | flags
+
+# %% ../../nbs/9_ops/93_orchestrator.ipynb #c43a5ce2
+def settings_of(
+    config: dict[str, Any],  # from `run_config`
+) -> Settings:
+    "The settings a run was begun with, secrets and home apart."
+    apart = {"teacher": "teacher_", "student": "student_", "checklist": "student_"}
+    named = {p + k: v for group, p in apart.items() for k, v in config[group].items()}
+    plain = {k: v for k, v in config.items() if k in Settings.model_fields}
+    return load_settings(**plain | named | config["service"])
 
 # %% ../../nbs/9_ops/93_orchestrator.ipynb #1bb36c8f
 def phase_parameters(
@@ -841,7 +851,8 @@ def render_front(ended: Ended) -> Path:  # index.html
         if simulated
         else []
     )
-    links = {"briefing": "briefing.html"} if (run.pages / "briefing.html").is_file() else {}
+    named = ("briefing", "accuracy", "optimization")
+    links = {n: f"{n}.html" for n in named if (run.pages / f"{n}.html").is_file()}
     reasons = list(ended.reasons)
     body = front_body(ended.message, reasons, _phase_rows(run), notes)
     heading = Heading(f"Run {run.run_id}", ended.verdict or ended.status, (run.run_id,), links)
