@@ -56,7 +56,9 @@ from sensequant.market.simulator import MarketSpec, simulate
 
 TREES = TeacherSpec(n_estimators=5, learning_rate=0.2, folds=2)
 RECIPE = Recipe(WindowSpec(90, 90, min_window_bars=30), teacher=TREES, scope="pooled")
-TINY = Plan("planted", 0.4, 6, date(2023, 1, 2), date(2023, 10, 31), 150, RECIPE)
+TINY = Plan(
+    "planted", 0.4, 6, date(2023, 1, 2), date(2023, 10, 31), 150, RECIPE, holdout_sessions=20
+)
 EMPTY = replace(TINY, market="null", signal_ic=0.0)
 
 
@@ -178,7 +180,16 @@ def test_labels_of_another_time_hide_a_signal_that_is_there(tmp_path):
     "Bars with a strong signal in files; the run that sees the labels moved finds none of it."
     folder = written(tmp_path, made_panel(0.4, 8))
     span = {"start": date(2022, 1, 3), "end": date(2023, 3, 31)}
-    plan = Plan("shifted", 0.0, 8, **span, warmup_days=150, recipe=RECIPE, folder=folder)
+    plan = Plan(
+        "shifted",
+        0.0,
+        8,
+        **span,
+        warmup_days=150,
+        recipe=RECIPE,
+        folder=folder,
+        holdout_sessions=20,
+    )
     found = [replicate(plan, seed) for seed in range(3)]
     assert len({make_market(plan, seed).shift for seed in range(3)}) == 3
     assert max(abs(a.rank_ic_t) for a in found) < 3.3
@@ -188,7 +199,16 @@ def test_mirrored_bars_hold_no_signal_and_bars_in_long_blocks_hold_all(tmp_path,
     "The same planted bars in one piece or two: mirrored at random dates, or left alone."
     folder = written(tmp_path, made_panel(0.4, 8))
     span = {"start": date(2022, 1, 3), "end": date(2023, 3, 31)}
-    plan = Plan("bootstrap", 0.0, 8, **span, warmup_days=150, recipe=RECIPE, folder=folder)
+    plan = Plan(
+        "bootstrap",
+        0.0,
+        8,
+        **span,
+        warmup_days=150,
+        recipe=RECIPE,
+        folder=folder,
+        holdout_sessions=20,
+    )
     plan = replace(plan, block_sessions=500.0)
     for symbol, frame in make_market(plan, 1).held.items():
         check_bars(frame, symbol)
@@ -199,7 +219,7 @@ def test_mirrored_bars_hold_no_signal_and_bars_in_long_blocks_hold_all(tmp_path,
 
 def test_real_bars_that_are_too_few_are_refused(tmp_path):
     folder = written(tmp_path, made_panel(symbols=3))
-    plan = Plan("bootstrap", 0.0, 6, recipe=RECIPE, folder=folder)
+    plan = Plan("bootstrap", 0.0, 6, recipe=RECIPE, folder=folder, holdout_sessions=20)
     with pytest.raises(DataError, match="must hold 6 symbols"):
         make_market(plan, 1)
 

@@ -274,12 +274,12 @@ class Plan:
     start: date = date(2022, 1, 1)  # first day of the windows
     end: date = date(2024, 12, 31)  # last day of the bars
     warmup_days: int = 180  # calendar days of bars before start
-    holdout_sessions: int = 120  # newest ones, which only the gate may read
     recipe: Recipe = field(default_factory=lambda: Recipe(scope="pooled"))
     student: StudentRules = field(default_factory=StudentRules)
     folder: Path | None = None  # of real daily CSV bars, for bootstrap and shifted
     block_sessions: float = 10.0  # mean length of a block, for bootstrap
     naive: bool = False  # whether a gate of the usual kind is asked beside
+    holdout_sessions: int = 120  # newest ones, which only the gate may read
 
     def __post_init__(self) -> None:
         _require(self)

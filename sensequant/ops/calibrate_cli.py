@@ -77,8 +77,9 @@ def plan_of(
     folder = Path(config["csv_dir"]) if market in REAL else None
     recipe = replace(recipe_of(config, n), compare_scopes=False)
     span = (settings.start, settings.end, settings.warmup_days)
-    learned = (settings.holdout_sessions, recipe, _student_rules(settings, config))
-    return Plan(market, signal_ic, n, *span, *learned, folder=folder, naive=naive)
+    learned = (recipe, _student_rules(settings, config))
+    more = {"naive": naive, "holdout_sessions": settings.holdout_sessions}
+    return Plan(market, signal_ic, n, *span, *learned, folder=folder, **more)
 
 # %% ../../nbs/9_ops/913_calibrate_cli.ipynb #4984fcb7
 EVERY_S = 20.0  # between two lines where there is no terminal
