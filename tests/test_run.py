@@ -169,7 +169,8 @@ def test_a_finished_run_has_its_files(finished_run):
     }
     named |= {"predictions.parquet", "validation_summary.json", "validation_summary.md"}
     named |= {"bars", "holdout"}
-    named |= {"daily_returns.parquet", "stat_tests.json", "manifest.yaml", "teacher", "student"}
+    named |= {"daily_returns.parquet", "trades.parquet", "baseline_returns.parquet"}
+    named |= {"stat_tests.json", "verdict.json", "manifest.yaml", "teacher", "student"}
     assert {p.name for p in folder.iterdir()} == named | {
         "promotion_briefing.md",
         "promotion_briefing.json",
@@ -235,7 +236,7 @@ def test_pages_say_the_verdict_and_that_the_market_is_simulated(finished_run):
     assert "Ready for review" in front.h1.text and "Simulated market" in front.text
     assert {a["href"] for a in front.find_all("a")} >= PAGES - {"index.html"}
     briefing = (finished_run.pages / "briefing.html").read_text()
-    assert "preliminary gate, not calibrated" in briefing and "Simulated market" in briefing
+    assert "gate with a yearly error budget" in briefing and "Simulated market" in briefing
     assert "SIMULATED" in (finished_run.pages / "1_ingest.html").read_text()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..backtest.gate import part_of
 from ..core.errors import DataError
 from ..data.runs import Run, read_inputs
 from .audit import RISK_COLUMNS
@@ -232,7 +233,9 @@ def briefing_text(
     lines += [f"Run `{briefing['run_id']}`, status **{briefing['status']}**, {gate['kind']}.", ""]
     lines += [briefing["certificate"], ""]
     lines += [f"- {r}" for r in gate["reasons"]] + ([""] if gate["reasons"] else [])
-    lines += ["## What had to hold", "", *_table(_checks(gate["checks"])), ""]
+    for part, about in (("evidence", "before returns count"), ("skill", "in the returns")):
+        rows = [c for c in gate["checks"] if part_of(c["name"]) == part]
+        lines += [f"## What had to hold {about}", "", *_table(_checks(rows)), ""] if rows else []
     lines += ["## Evidence", "", *_table(evidence_table(briefing).reset_index()), ""]
     lines += [_rule_line(briefing["statistical_tests"], briefing["training"]["scope"]), ""]
     lines += ["## Training", "", *_training_lines(briefing["training"]), ""]
@@ -246,9 +249,8 @@ def briefing_text(
 def _checks(checks: list[dict[str, Any]]) -> pd.DataFrame:
     "Checks as a table of words."
     held = {True: "yes", False: "NO"}
-    rows = [c for c in checks if c["blocks"] != "nothing"]
-    word = [held[c["passed"]] if c["read"] else "not read" for c in rows]
-    table = pd.DataFrame(rows)[["must", "measured"]].assign(passed=word)
+    word = [held[c["passed"]] if c["read"] else "not read" for c in checks]
+    table = pd.DataFrame(checks)[["must", "measured"]].assign(passed=word)
     return table.rename(columns={"must": "must hold"})
 
 
