@@ -78,8 +78,8 @@ def plan_of(
     recipe = replace(recipe_of(config, n), compare_scopes=False)
     span = (settings.start, settings.end, settings.warmup_days)
     learned = (recipe, _student_rules(settings, config))
-    more = {"naive": naive, "holdout_sessions": settings.holdout_sessions}
-    return Plan(market, signal_ic, n, *span, *learned, folder=folder, **more)
+    kept = settings.holdout_sessions
+    return Plan(market, signal_ic, n, *span, *learned, folder, naive=naive, holdout_sessions=kept)
 
 # %% ../../nbs/9_ops/913_calibrate_cli.ipynb #4984fcb7
 EVERY_S = 20.0  # between two lines where there is no terminal
