@@ -4419,6 +4419,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'sensequant/ops/orchestrator.py')},
             'sensequant.ops.report_cli': { 'sensequant.ops.report_cli.Subject': ( '9_ops/report_cli.html#subject',
                                                                                   'sensequant/ops/report_cli.py'),
+                                           'sensequant.ops.report_cli._declared': ( '9_ops/report_cli.html#_declared',
+                                                                                    'sensequant/ops/report_cli.py'),
                                            'sensequant.ops.report_cli._literal': ( '9_ops/report_cli.html#_literal',
                                                                                    'sensequant/ops/report_cli.py'),
                                            'sensequant.ops.report_cli._pipe_table': ( '9_ops/report_cli.html#_pipe_table',

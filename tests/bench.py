@@ -19,6 +19,7 @@ from bench_backtest import bench_backtest
 from bench_data import bench_store
 from bench_fetch import bench_fetch
 from bench_learn import bench_learn
+from bench_traces import bench_traces
 
 from sensequant.backtest.backtester import long_flat
 from sensequant.backtest.stat_tests import stat_tests
@@ -122,6 +123,7 @@ def main() -> None:
     ratios |= bench_learn(Path(tempfile.mkdtemp()), watch, symbols)
     ratios |= bench_store(Path(tempfile.mkdtemp()), watch)
     ratios |= bench_fetch(Path(tempfile.mkdtemp()), watch)
+    ratios |= bench_traces(Path(tempfile.mkdtemp()), watch)
     print(watch.table().to_string(), "\n")
     for name, value in ratios.items():
         print(f"{name:<58}{value:8.3f}")

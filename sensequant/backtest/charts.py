@@ -115,10 +115,9 @@ def _made(growth: pd.DataFrame) -> str:
     "What the best account and the benchmark, the last column, made."
     last = (growth.iloc[-1] - 1) * PERCENT
     best = last.iloc[:-1].idxmax()
-    verb, most = ("lost", "least") if last[best] < 0 else ("made", "most")
-    most = f" {most}," if growth.shape[1] > 2 else ""
-    against = f"against {last.iloc[-1]:.1f}% for the benchmark"
-    return f"{best} {verb}{most} {abs(last[best]):.1f}% net of costs {against}"
+    many = growth.shape[1] - 1
+    who = f"Best of {many}: {best}," if many > 1 else f"{best} made"
+    return f"{who} {last[best]:+.1f}% net of costs; the benchmark {last.iloc[-1]:+.1f}%"
 
 
 def _add_depths(card: Card, depth: pd.DataFrame, benchmark_name: str) -> None:

@@ -21,16 +21,25 @@ import typer
 
 from ..core.errors import DataError, SenseQuantError, SettingsError
 from ..core.settings import Settings, load_settings, project_root
-from .cli import read_assignments, refuse, say
+from .cli import FAILED, read_assignments, refuse, say
 
 # %% ../../nbs/9_ops/911_report_cli.ipynb #864ee214
-def report_notebooks() -> dict[str, Path]:  # by name, without its number
-    "The templates that read a finished run."
+def _declared(notebook: Path) -> list[str]:
+    "The parameters of a notebook."
+    import nbformat
     import papermill
 
+    try:
+        return list(papermill.inspect_notebook(str(notebook)))
+    except (ValueError, nbformat.ValidationError) as error:
+        raise DataError("a report must be a notebook with a kernel", error, notebook) from error
+
+
+def report_notebooks() -> dict[str, Path]:  # by name, without its number
+    "The templates that read a finished run."
     folder = project_root() / "nbs" / "reports"
     found = {p.stem.split("_", 1)[-1]: p for p in sorted(folder.glob("[0-9]*_*.ipynb"))}
-    return {k: p for k, p in found.items() if "run_id" in papermill.inspect_notebook(str(p))}
+    return {k: p for k, p in found.items() if "run_id" in _declared(p)}
 
 
 def report_notebook(kind: str) -> Path:
@@ -57,9 +66,7 @@ def report_parameters(
     given: Mapping[str, str] | None = None,  # typed values by name
 ) -> dict[str, Any]:  # what papermill injects
     "The values a report declares; a name it does not is refused."
-    import papermill
-
-    given, declared = given or {}, papermill.inspect_notebook(str(notebook))
+    given, declared = given or {}, _declared(notebook)
     unknown = sorted(set(given) - set(declared) | set(given) & {"run_id"})
     if unknown:
         names = ", ".join(n for n in declared if n != "run_id")
@@ -122,10 +129,10 @@ def execute_report(
             families = {c.__name__ for c in SenseQuantError.__subclasses__()}
             known = error.ename in families
             words = error.evalue if known else f"{error.ename}: {error.evalue}"
-            raise DataError(words, None, f"report {notebook.stem}") from error
+            raise o.PhaseFailed(words, None, f"report {notebook.stem}") from error
         except RuntimeError as error:  # nbclient's word for a kernel that is gone
             must, fix = "the kernel must live until the report ends", "It may have lacked memory"
-            raise DataError(must, error, f"report {notebook.stem}", fix) from error
+            raise o.PhaseFailed(must, error, f"report {notebook.stem}", fix) from error
         return nbformat.read(target, as_version=4)
 
 # %% ../../nbs/9_ops/911_report_cli.ipynb #d706706c
@@ -286,5 +293,7 @@ def report(
             raise SettingsError(must, form or "--set", "report", "Name a report, such as accuracy")
         else:
             say(str(o.render_again(o.open_run(run_id, load_settings().home))))
+    except o.PhaseFailed as error:
+        raise refuse(error, FAILED) from None
     except SenseQuantError as error:
         raise refuse(error) from None
