@@ -21,9 +21,9 @@ from sensequant.core.testing import random_bars
 from sensequant.core.types import BAR_COLUMNS, IST
 from sensequant.market.costs import Slippage
 from sensequant.trading.grid import Grid, Signals, build_grid, make_signals, wide_grid
-from sensequant.trading.kernel import flat_rates
 from sensequant.trading.risk import Rules
 from sensequant.trading.sizing import Sizing
+from sensequant.trading.tape import flat_rates
 
 PAIRS = [(fast, slow) for fast in range(5, 51, 5) for slow in range(60, 241, 20)]
 EASY = Rules(1e6, slippage=Slippage(0, 0, 0), max_volume_frac=1.0, circuit_frac=0.0)

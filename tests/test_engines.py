@@ -35,18 +35,11 @@ from sensequant.trading.grid import (
     part,
     wide_grid,
 )
-from sensequant.trading.kernel import (
-    REASONS,
-    REJECTIONS,
-    flat_rates,
-    make_book,
-    make_tape,
-    play,
-    swings,
-)
+from sensequant.trading.kernel import make_book, play
 from sensequant.trading.portfolio import Action, Execution, Portfolio, apply_action, book, mark
 from sensequant.trading.risk import Rules
 from sensequant.trading.sizing import Sizing, SizingKind
+from sensequant.trading.tape import REASONS, REJECTIONS, flat_rates, make_tape, swings
 
 FREE = Slippage(0, 0, 0)
 

@@ -21,18 +21,18 @@ from ..core.types import IST, Direction, require_columns
 from ..market.costs import to_paise
 from ..market.simulator import YEAR
 from ..trading.grid import Grid, Signals, market_return
-from sensequant.trading.kernel import (
+from ..trading.kernel import play
+from ..trading.loop import play_plainly
+from ..trading.risk import Rules
+from ..trading.sizing import SizingKind
+from sensequant.trading.tape import (
     REASONS,
     REJECTIONS,
     Tape,
     make_tape,
     numbers_of,
-    play,
     with_signals,
 )
-from ..trading.loop import play_plainly
-from ..trading.risk import Rules
-from ..trading.sizing import SizingKind
 
 # %% ../../nbs/6_backtest/61_backtester.ipynb #9fc34f2c
 TRADE_COLUMNS = (
@@ -51,9 +51,11 @@ TRADE_COLUMNS = (
     "return_frac",  # net over the value at entry
     "holding_minutes",  # from bar start to bar start
     "holding_sessions",  # sessions of the grid after the entry's
-    "reason",  # one of `trading.kernel.REASONS`
+    "reason",  # one of `trading.tape.REASONS`
     "confidence",  # of the signal behind it, in [0, 1]
 )
+
+# %% ../../nbs/6_backtest/61_backtester.ipynb #da853673
 ACCOUNT_COLUMNS = (
     "equity_inr",  # at the session's close, at last prices
     "net_return",  # fraction of the equity at the close before
@@ -68,7 +70,7 @@ ACCOUNT_COLUMNS = (
     "n_trades",  # positions, or parts of one, that were closed
 )
 
-# %% ../../nbs/6_backtest/61_backtester.ipynb #da853673
+# %% ../../nbs/6_backtest/61_backtester.ipynb #f126535c
 @dataclass(frozen=True, eq=False)
 class BacktestResult:
     "What an account did; tables are made when they are asked for."
@@ -76,8 +78,8 @@ class BacktestResult:
     grid: Grid
     rules: Rules
     strategy: str
-    raw_trades: np.ndarray  # `trading.kernel.TRADE`, paise
-    raw_days: np.ndarray  # (n_sessions,) `trading.kernel.DAY`, paise
+    raw_trades: np.ndarray  # `trading.tape.TRADE`, paise
+    raw_days: np.ndarray  # (n_sessions,) `trading.tape.DAY`, paise
     raw_rejected: np.ndarray  # (n_symbols, len(REJECTIONS), 2) orders and shares
     benchmark: np.ndarray  # (n_sessions,) from `market_return`
 
@@ -141,7 +143,7 @@ def _trade_table(result: BacktestResult) -> pd.DataFrame:
 # %% ../../nbs/6_backtest/61_backtester.ipynb #31056d33
 def _daily_table(result: BacktestResult) -> pd.DataFrame:
     "Days in rupees and fractions; an account that has lost everything has no returns any more."
-    raw, n = result.raw_days, len(result.raw_days)
+    raw = result.raw_days
     before = np.r_[to_paise(result.rules.capital_inr), raw["equity"][:-1]].astype(float)
     alive = np.minimum.accumulate(before) > 0
     base = np.where(alive, before, np.nan)
@@ -152,9 +154,7 @@ def _daily_table(result: BacktestResult) -> pd.DataFrame:
         "net_return": net,
         "gross_return": net + cost,
         "benchmark_return": result.benchmark,
-        "exposure": np.divide(
-            raw["exposure"], raw["equity"], out=np.full(n, np.nan), where=raw["equity"] > 0
-        ),
+        "exposure": raw["exposure"] / np.where(raw["equity"] > 0, raw["equity"], np.nan),
         "turnover": raw["traded"] / base,
         "cost": cost,
         "charges_inr": raw["charges"] / 100,
@@ -191,7 +191,7 @@ def summarise(result: BacktestResult) -> dict[str, float]:
         "slippage_inr": float(daily["slippage_inr"].sum()),
     }
 
-
+# %% ../../nbs/6_backtest/61_backtester.ipynb #d7b13340
 def _mean_holding(result: BacktestResult) -> float:
     "Sessions a trade lasted, NaN without a trade."
     session, raw = result.grid.session, result.raw_trades

@@ -32,7 +32,7 @@ def _clock(
     minute = (inside // 60_000_000).astype(np.int16)
     return session.astype(np.int32), minute, days * _US_A_DAY - _IST_US
 
-
+# %% ../../nbs/4_trading/44_grid.ipynb #412b51ea
 def _stamps(values: np.ndarray) -> pd.DatetimeIndex:
     "Microseconds since 1970 UTC as IST times."
     index = pd.DatetimeIndex(values.view("M8[us]"), name="ts")
@@ -65,7 +65,7 @@ class Grid:
         "Bars and symbols."
         return self.open.shape
 
-
+# %% ../../nbs/4_trading/44_grid.ipynb #5362a715
 EVENT = np.dtype(
     [
         ("row", np.int64),  # of the bar at whose open it takes effect
@@ -90,7 +90,7 @@ def _usable(
         raise DataError("bars must be sorted, each time once", where=symbol)
     return stamps, frame[list(BAR_COLUMNS)].to_numpy(dtype=float)
 
-
+# %% ../../nbs/4_trading/44_grid.ipynb #140d92cd
 def _possible(
     first: np.ndarray,  # open, INR; like all of them (n,) or (n_bars, n_symbols)
     high: np.ndarray,
@@ -109,7 +109,7 @@ def _possible(
         & ((volume >= 0) & (volume < np.inf))
     )
 
-
+# %% ../../nbs/4_trading/44_grid.ipynb #8d2acfba
 def _refuse(
     symbols: tuple[str, ...],
     wide: np.ndarray,  # (5, n_bars, n_symbols) `BAR_COLUMNS`
@@ -135,7 +135,7 @@ def _event(
     level = last * action.price_factor + action.price_shift_inr
     return row, column, shares, round(last - shares * level, 6)
 
-
+# %% ../../nbs/4_trading/44_grid.ipynb #97c84c85
 def _events(
     actions: pd.DataFrame,  # `ACTION_COLUMNS`, confirmed ones of one symbol
     column: int,
@@ -202,7 +202,7 @@ def build_grid(
     wide[4][~present] = 0.0
     return _assemble(symbols, stamps, wide, np.array(sorted(events), EVENT))
 
-
+# %% ../../nbs/4_trading/44_grid.ipynb #00613106
 def _assemble(
     symbols: tuple[str, ...],
     stamps: np.ndarray,  # (n_bars,) microseconds UTC
