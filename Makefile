@@ -18,6 +18,8 @@ SIGNAL_IC ?=
 ARGS ?=
 FAST ?=
 RUN ?= latest
+KIND ?=
+FORMAT ?=
 
 help:  ## what can be made
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -48,8 +50,8 @@ text: $(STAMP)  ## notebooks as text in text/, to be edited there and synced bac
 export: $(STAMP)  ## clean the notebooks and write the package and README.md from them
 	@$(PY) tests/export.py
 
-report: $(STAMP)  ## pages of a run made anew: make report RUN=live_candidate_...
-	@$(SENSEQUANT) report $(RUN)
+report: $(STAMP)  ## pages of a run: make report RUN=live_candidate_... [KIND=accuracy FORMAT=pdf]
+	@$(SENSEQUANT) report $(RUN) $(KIND) $(if $(FORMAT),--format $(FORMAT))
 
 bench: $(STAMP)  ## speed, as ratios measured in one run
 	@$(PY) tests/bench.py

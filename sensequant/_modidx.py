@@ -4421,6 +4421,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'sensequant/ops/report_cli.py'),
                                            'sensequant.ops.report_cli._declared': ( '9_ops/report_cli.html#_declared',
                                                                                     'sensequant/ops/report_cli.py'),
+                                           'sensequant.ops.report_cli._folder_of': ( '9_ops/report_cli.html#_folder_of',
+                                                                                     'sensequant/ops/report_cli.py'),
                                            'sensequant.ops.report_cli._literal': ( '9_ops/report_cli.html#_literal',
                                                                                    'sensequant/ops/report_cli.py'),
                                            'sensequant.ops.report_cli._pipe_table': ( '9_ops/report_cli.html#_pipe_table',

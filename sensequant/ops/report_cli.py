@@ -90,15 +90,28 @@ class Subject:
     links: Mapping[str, str]  # beside them
 
 
+def _folder_of(word: str, home: Path, kind: str) -> Path | None:
+    "The folder that a word names, None where it can only name a run."
+    from sensequant.data.runs import run_ids
+
+    kept = home / "data" / kind
+    held = sorted(kept.glob("run_*"))
+    if word == "latest":
+        return held[-1] if held else None
+    if word in run_ids(home):
+        return None
+    return next((p.absolute() for p in (kept / word, Path(word)) if p.is_dir()), None)
+
+
 def find_subject(
-    word: str,  # id of a run, latest, or a folder
+    word: str,  # id of a run or of a search, latest, or a folder
     home: Path,  # folder of data, runs and reports
+    kind: str,  # name of the report
 ) -> Subject:
     "What a person meant; refused when there is no such thing."
-    from sensequant.data.runs import open_run, run_ids
+    from sensequant.data.runs import open_run
 
-    if word != "latest" and word not in run_ids(home) and Path(word).is_dir():
-        folder = Path(word).absolute()
+    if folder := _folder_of(word, home, kind):
         return Subject(str(folder), folder, (folder.name,), {})
     run = open_run(word, home)
     with run.state as state:
@@ -254,7 +267,7 @@ def make_report(
     if form == "pdf":
         find_chromium()  # refuse before the work, not after it
     home, notebook = load_settings().home, report_notebook(kind)
-    subject = find_subject(word, home)
+    subject = find_subject(word, home, kind)
     done = execute_report(notebook, report_parameters(notebook, subject.run_id, given), home)
     target = subject.pages / f"{kind}.{form}"
     if form == "md":
@@ -271,7 +284,7 @@ def make_report(
 # %% ../../nbs/9_ops/911_report_cli.ipynb #7004daf3
 def report(
     run_id: Annotated[
-        str, typer.Argument(help="id of the run, latest, or a folder with a search")
+        str, typer.Argument(help="id of a run or a search, latest, or a folder")
     ] = "latest",
     kind: Annotated[
         str | None, typer.Argument(help="accuracy, optimization ...; none: the run's own pages")
