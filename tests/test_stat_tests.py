@@ -261,10 +261,13 @@ def test_a_candidate_that_says_nothing_never_passes(statistic):
     how = ASKED | {"statistic": statistic}
     silent = [candidate.iloc[:0], candidate.iloc[:29], candidate * np.nan]
     silent += [candidate.assign(net_return=0.0, ic=0.1)]
+    silent += [candidate.assign(benchmark_return=np.nan, ic=np.nan)]
     for frame in silent:
         found = max_t(frame, others, **how)
         assert found.p == 1.0 and found.why
         assert found.samples == 0
+    copy = candidate.assign(net_return=0.7 * candidate["benchmark_return"], ic=candidate["ic"])
+    assert statistic == "rank_ic" or max_t(copy, others, **how).p > 0.4
     with expect_fail(DataError, "sessions that come once"):
         max_t(pd.concat([candidate, candidate]), others, **how)
 

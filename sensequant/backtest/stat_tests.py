@@ -193,7 +193,7 @@ def statistic_series(
     y, x = known["net_return"], known["benchmark_return"]
     gap = x - x.mean()
     beta = float(gap @ y / (gap @ gap)) if len(x) and gap @ gap > 0 else 0.0
-    return y - beta * x
+    return (y - beta * x).round(15)  # a copy of the benchmark has no alpha, not even noise
 
 
 def _speaks(
@@ -201,7 +201,8 @@ def _speaks(
     statistic: str,  # of `STATISTICS`
 ) -> bool:
     "Whether 30 sessions or more say something: another return, or another IC, than most do."
-    said = frame["ic" if statistic == "rank_ic" else "net_return"].dropna()
+    needed = ["ic"] if statistic == "rank_ic" else ["net_return", "benchmark_return"]
+    said = frame[needed].dropna()[needed[0]]
     return bool((said != said.median()).sum() >= MIN_SESSIONS)
 
 # %% ../../nbs/6_backtest/64_stat_tests.ipynb #c5eed52b
