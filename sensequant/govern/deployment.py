@@ -52,7 +52,7 @@ KEPT = {  # metric to its name in tables; an improvement must be kept
     "hit_ratio": "hit ratio (predictions)",
 }
 
-
+# %% ../../nbs/7_govern/78_deployment.ipynb #d0b81ab5
 def thresholds(
     baseline: Mapping[str, float],  # figures by name
     best: Mapping[str, float],  # likewise
@@ -103,7 +103,7 @@ def config_lines(
     rest = [t for t in tried if t not in best and t is not base]
     return [_line(t, i) for i, t in enumerate(best, 1)] + [_line(t, None) for t in rest]
 
-
+# %% ../../nbs/7_govern/78_deployment.ipynb #606a9d28
 def results_table(
     lines: Iterable[Mapping[str, Any]],  # of `config_lines`
 ) -> pd.DataFrame:  # config_id, rank, score, score_spread, param_…, figures, state, reason
@@ -147,7 +147,7 @@ def sensitivity(
 # %% ../../nbs/7_govern/78_deployment.ipynb #0073a006
 DELTAS = (*KEPT, "win_rate", "total_return", "max_drawdown")
 
-
+# %% ../../nbs/7_govern/78_deployment.ipynb #1eb95696
 def summarise(
     job: Job,
     tried: Sequence[Tried],  # all of them, the baseline among them where it was measured
@@ -203,7 +203,7 @@ def _shown(name: str, value: Any, sign: str = "") -> str:
         return f"{value:{sign}.1%}"
     return f"{value:{sign}.3f}" if isinstance(value, float) else f"{value:{sign},}"
 
-
+# %% ../../nbs/7_govern/78_deployment.ipynb #455c5083
 NAMES = {
     "score": "score",
     **KEPT,
@@ -233,7 +233,7 @@ def compared(
         rows.append((words, _shown(name, old), _shown(name, new), _shown(name, change, "+")))
     return pd.DataFrame(rows, columns=["metric", "baseline", "best", "change"])
 
-
+# %% ../../nbs/7_govern/78_deployment.ipynb #ab9dde8f
 def top_table(
     lines: Sequence[Mapping[str, Any]],  # of configs.json
     count: int = 5,
@@ -298,7 +298,7 @@ def headline(
         return f"{found}: better than the baseline, and no better than the market but by luck"
     return f"{found}, which is more than luck explains"
 
-
+# %% ../../nbs/7_govern/78_deployment.ipynb #1199d18b
 def luck_lines(
     luck: Mapping[str, Any],  # of `luck_of`, perhaps empty
 ) -> list[str]:  # Markdown
@@ -307,7 +307,7 @@ def luck_lines(
         return ["Not asked."]
     return [f"- {line}" for line in luck["says"]]
 
-
+# %% ../../nbs/7_govern/78_deployment.ipynb #24f5ddf1
 def report_text(
     summary: Mapping[str, Any],  # of `summarise`
     lines: Sequence[Mapping[str, Any]],  # of `config_lines`
@@ -365,7 +365,7 @@ def limits_table(
         })  # fmt: skip
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/7_govern/78_deployment.ipynb #0f50ccea
 def _blocked(summary: Mapping[str, Any]) -> str:  # empty when a plan makes sense
     "Why there is nothing to deploy."
     best, base = summary["best"], summary["baseline"]
@@ -392,7 +392,7 @@ def _warning(luck: Mapping[str, Any]) -> list[str]:
         return quiet
     return [*quiet, f"> **{told}** {wait} choose."]
 
-# %% ../../nbs/7_govern/78_deployment.ipynb #0f50ccea
+# %% ../../nbs/7_govern/78_deployment.ipynb #8a6f533f
 def _metric_lines(title: str, line: Mapping[str, Any]) -> list[str]:
     "The figures of one configuration."
     figures = _flat(line)
@@ -416,7 +416,7 @@ def _parameter_lines(summary: Mapping[str, Any]) -> list[str]:
         "",
     ]
 
-
+# %% ../../nbs/7_govern/78_deployment.ipynb #eefd8a7a
 def _paper_lines(summary: Mapping[str, Any], limits: pd.DataFrame, terms: DeploymentTerms) -> list:
     "Phase 1."
     best = summary["best"]["metrics"]
@@ -444,7 +444,7 @@ def _paper_lines(summary: Mapping[str, Any], limits: pd.DataFrame, terms: Deploy
         "",
     ]
 
-# %% ../../nbs/7_govern/78_deployment.ipynb #8a6f533f
+# %% ../../nbs/7_govern/78_deployment.ipynb #20fb6b6b
 def _rollout_lines(terms: DeploymentTerms) -> list[str]:
     "Phases 2 and 3."
     steps = [f"- {when}: {part:.0%} of the capital" for when, part in terms.rollout]
@@ -466,7 +466,7 @@ def _rollout_lines(terms: DeploymentTerms) -> list[str]:
         "",
     ]
 
-
+# %% ../../nbs/7_govern/78_deployment.ipynb #ebbfd258
 def _rollback_lines(limits: pd.DataFrame, terms: DeploymentTerms) -> list[str]:
     "What takes it back, and how."
     kept = limits.loc[list(KEPT), "rollback_below"].dropna()
@@ -491,7 +491,7 @@ def _rollback_lines(limits: pd.DataFrame, terms: DeploymentTerms) -> list[str]:
         "",
     ]
 
-
+# %% ../../nbs/7_govern/78_deployment.ipynb #8bbf681d
 _SIGNATURES = """## Approvals
 
 | role | phase 1 | phase 2 | phase 3 | name, date |
@@ -503,7 +503,7 @@ _SIGNATURES = """## Approvals
 Prepared by `sensequant optimize`. Without three signatures a phase does not begin.
 """
 
-# %% ../../nbs/7_govern/78_deployment.ipynb #eefd8a7a
+# %% ../../nbs/7_govern/78_deployment.ipynb #a99f0b1e
 def plan_text(
     summary: Mapping[str, Any],  # of `summarise`
     terms: DeploymentTerms | None = None,  # None: the specification's
@@ -524,7 +524,7 @@ def plan_text(
     lines += _rollback_lines(limits, terms)
     return "\n".join(lines + _management(summary) + [_SIGNATURES, *_commands(summary)]) + "\n"
 
-
+# %% ../../nbs/7_govern/78_deployment.ipynb #3939ad4e
 def _management(summary: Mapping[str, Any]) -> list[str]:
     "Where everything is kept."
     return [
@@ -537,7 +537,7 @@ def _management(summary: Mapping[str, Any]) -> list[str]:
         "",
     ]
 
-
+# %% ../../nbs/7_govern/78_deployment.ipynb #084bb373
 def _commands(summary: Mapping[str, Any]) -> list[str]:
     "What to type."
     sets = " ".join(f"--params {k}={v}" for k, v in summary["best"]["parameters"].items())
@@ -576,7 +576,7 @@ def write_files(
     }
     return list(Artifacts(folder).write_all(files))
 
-
+# %% ../../nbs/7_govern/78_deployment.ipynb #9459367d
 @dataclass(frozen=True)
 class FinishedSearch:
     "A search as its files tell it."
@@ -608,7 +608,7 @@ def latest_search(
         raise DataError("there must be a search", "none", home, "Name its folder")
     return held[-1]
 
-
+# %% ../../nbs/7_govern/78_deployment.ipynb #8cb74764
 def open_search(
     folder: Path | str,  # of a finished search
 ) -> FinishedSearch:

@@ -96,6 +96,39 @@ def _ratio(returns: pd.Series) -> float:  # NaN where nothing varies
     return sharpe(returns, SESSIONS_A_YEAR)
 
 # %% ../../nbs/7_govern/79_search_luck.ipynb #66667d19
+def _deflated(found: SearchSeries, best: str) -> dict[str, Any]:
+    "The best Sharpe ratio (a year) against those of all that were tried."
+    net = found.net()
+    alphas = {n: statistic_series(found.frames[n], "alpha") for n in net}
+    ratios = np.array([sharpe(net[n]) for n in net])
+    spread = float(np.var(ratios, ddof=1)) if len(ratios) > 1 else 0.0
+    moved = best in net
+    ratios_of_alpha = np.array([sharpe(a) for a in alphas.values()])
+    return {
+        "sharpe_best": _ratio(found.frames[best]["net_return"]),
+        "sharpe_luckiest": luckiest_ratio(spread, len(ratios)) * SESSIONS_A_YEAR**0.5,
+        "dsr": dsr(net[best], ratios) if moved else None,
+        "dsr_alpha": dsr(alphas[best], ratios_of_alpha) if moved else None,
+        **_pbo(net),
+    }
+
+# %% ../../nbs/7_govern/79_search_luck.ipynb #9a3300f4
+def _tested(found: SearchSeries, best: str, horizon: int, seed: int) -> dict[str, Any]:
+    "Both tests of the best, and what they decide."
+    base = next((n for n in found.frames if n == config_id(0)), None)
+    gain = best_of_all(found, best, None, horizon, seed)
+    test = best_of_all(found, best, base, horizon, seed) if base else gain
+    return {
+        "p_improvement": test.p,
+        "t_improvement": test.t,
+        "p_improvement_alone": test.p_alone,
+        "p_gain": gain.p,
+        "t_gain": gain.t,
+        "is_luck": bool(test.p > LIMIT),
+        "gains": bool(gain.p <= LIMIT and gain.estimate > 0),
+    }
+
+# %% ../../nbs/7_govern/79_search_luck.ipynb #554f8230
 def luck_of(
     found: SearchSeries,
     horizon: int,  # sessions over which one opinion earns, >= 1
@@ -105,45 +138,20 @@ def luck_of(
     "All that the searching explains of the best, in figures and in words."
     if not (order := ranked(found.tried)):
         return {}
-    best, net = order[0].config_id, found.net()
-    alphas = pd.DataFrame({n: statistic_series(found.frames[n], "alpha") for n in net})
-    ratios, own = np.array([sharpe(net[n]) for n in net]), found.frames[best]["net_return"]
-    alpha_ratios = np.array([sharpe(alphas[n].dropna()) for n in net])
-    moved = best in net
-    base_id = next((n for n in found.frames if n == config_id(0)), None)
-    gain = best_of_all(found, best, None, horizon, seed)
-    test = best_of_all(found, best, base_id, horizon, seed) if base_id else gain
-    forward = chosen_forward(found)
+    best, forward = order[0].config_id, chosen_forward(found)
     base = forward["baseline"] if "baseline" in forward else pd.Series(dtype=float)
-    luckiest = luckiest_ratio(
-        float(np.var(ratios, ddof=1)) if len(ratios) > 1 else 0.0, len(ratios)
-    )
-    told = {
-        "n_configs": len(found.frames),
-        "n_ledger": n_ledger,
-        "sharpe_best": _ratio(own),
-        "sharpe_luckiest": float(luckiest * np.sqrt(SESSIONS_A_YEAR)),
-        "dsr": dsr(net[best], ratios) if moved else None,
-        "dsr_alpha": dsr(alphas[best].dropna(), alpha_ratios) if moved else None,
-        **_pbo(net),
-        "p_improvement": test.p,
-        "t_improvement": test.t,
-        "p_improvement_alone": test.p_alone,
-        "p_gain": gain.p,
-        "t_gain": gain.t,
-        "sharpe_forward": _ratio(forward["net_return"]) if len(forward) else None,
-        "sharpe_forward_baseline": _ratio(base) if len(base) else None,
-        "is_luck": bool(test.p > LIMIT),
-        "gains": bool(gain.p <= LIMIT and gain.estimate > 0),
-    }
-    return told | {"says": sentences(told, base_id is not None)}
+    told: dict[str, Any] = {"n_configs": len(found.frames), "n_ledger": n_ledger}
+    told |= _deflated(found, best) | _tested(found, best, horizon, seed)
+    told["sharpe_forward"] = _ratio(forward["net_return"]) if len(forward) else None
+    told["sharpe_forward_baseline"] = _ratio(base) if len(base) else None
+    return told | {"says": sentences(told, config_id(0) in found.frames)}
 
-# %% ../../nbs/7_govern/79_search_luck.ipynb #9a3300f4
+# %% ../../nbs/7_govern/79_search_luck.ipynb #f6f2fde3
 def _known(value: float | None, form: str = ".2f") -> str:
     "A figure, or none."
     return "none" if value is None or np.isnan(value) else f"{value:{form}}"
 
-
+# %% ../../nbs/7_govern/79_search_luck.ipynb #5eb8d8e2
 def sentences(
     luck: Mapping[str, Any],  # figures of `luck_of`
     against_baseline: bool,
