@@ -37,6 +37,8 @@ from optuna.distributions import (
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from . import accuracy, metrics
+
+# %% ../../nbs/6_backtest/63_optimizer.ipynb #34546850
 from ..core.artifacts import parquet_bytes, write_atomic
 from ..core.errors import DataError, GateError, SettingsError
 from ..core.events import json_bytes, json_ready, make_folder
@@ -75,7 +77,7 @@ def _demands(d: Dimension) -> Iterator[_Demand]:
     yield f"kind must be one of {', '.join(KINDS)}", d.kind in KINDS, d.kind
     yield from _of_choice(d) if d.kind == "choice" else _of_range(d)
 
-
+# %% ../../nbs/6_backtest/63_optimizer.ipynb #583ba832
 def _of_choice(d: Dimension) -> Iterator[_Demand]:
     plain = all(isinstance(c, str | int | float | bool) for c in d.choices)
     once = len({(type(c), c) for c in d.choices}) == len(d.choices) > 0
@@ -161,7 +163,7 @@ class Space:
         )
         return None if endless else math.prod(len(grid_values(d)) for d in self.dimensions)
 
-
+# %% ../../nbs/6_backtest/63_optimizer.ipynb #71994e43
 def make_space(
     content: Any,  # as read from a file: {"parameters": {name: {"kind": ..., ...}}}
     where: object = "space",  # the file, for messages
@@ -185,7 +187,7 @@ def make_space(
         dimensions.append(Dimension(str(name), **{**words, "choices": listed_choices}))
     return Space(tuple(dimensions))
 
-
+# %% ../../nbs/6_backtest/63_optimizer.ipynb #25d111a2
 def read_space(
     path: Path,  # .yaml, .yml or .json, see `make_space`
 ) -> Space:
@@ -233,7 +235,7 @@ def _asked(space: Space, sampler: Any, history: Sequence[FrozenTrial]) -> Iterat
     while True:
         yield study.ask(distributions).params
 
-
+# %% ../../nbs/6_backtest/63_optimizer.ipynb #bb7f8019
 def _fresh(proposed: Iterator[Params], seen: set[tuple]) -> Iterator[Params]:
     "Those not seen before, until nothing new comes; they are added to `seen`."
     misses = 0
@@ -294,7 +296,7 @@ class Fold:
     test_first: pd.Timestamp
     test_last: pd.Timestamp
 
-
+# %% ../../nbs/6_backtest/63_optimizer.ipynb #aef4318f
 def make_folds(
     days: pd.DatetimeIndex,  # 00:00 IST of each session, increasing, each once
     cut: WalkForward,
@@ -357,7 +359,7 @@ def _accuracy(traces: pd.DataFrame) -> dict[str, Any]:
     named = {"precision_long": found["precision"]["LONG"], "base_rate_long": rate}
     return named | {name: found[name] for name in (*_ACCURACY, *_BY_CLASS)}
 
-
+# %% ../../nbs/6_backtest/63_optimizer.ipynb #426a7443
 def measure(
     found: Evaluation,
 ) -> dict[str, Any]:  # metrics and accuracy_metrics, each by name; NaN where undefined
@@ -400,7 +402,7 @@ def composite(
     held["sharpe_ratio"] = float(np.clip(held["sharpe_ratio"] / FULL_SHARPE, 0, 1))
     return sum(w * (0.0 if np.isnan(held[n]) else held[n]) for n, w in WEIGHTS.items())
 
-
+# %% ../../nbs/6_backtest/63_optimizer.ipynb #f3dbe0d1
 def score_of(
     measured: Mapping[str, Mapping[str, Any]],  # of `measure`
     objective: str,  # one of OBJECTIVES
@@ -435,7 +437,7 @@ class SearchPlan:
             must = "max_configs and batch must be 1 or more, the sampled part in [0, 1]"
             raise SettingsError(must, self, "search")
 
-
+# %% ../../nbs/6_backtest/63_optimizer.ipynb #46afb328
 def _usable(evaluator: Evaluator, space: Space, seed: int) -> None:
     "Refuse a space of which no configuration can be used, with the reason of the last."
     refusal = None
@@ -447,7 +449,7 @@ def _usable(evaluator: Evaluator, space: Space, seed: int) -> None:
     must = "a search space must have a configuration that does not contradict itself"
     raise SettingsError(must, refusal, evaluator.strategy)
 
-
+# %% ../../nbs/6_backtest/63_optimizer.ipynb #81cc942a
 @dataclass(frozen=True)
 class Job:
     "Everything a search needs to be repeated."
@@ -498,7 +500,7 @@ def _joined(parts: Sequence[Evaluation]) -> Evaluation:
     one = {"ignore_index": True}
     return Evaluation(pd.concat(daily), pd.concat(trades, **one), pd.concat(traces, **one))
 
-
+# %% ../../nbs/6_backtest/63_optimizer.ipynb #d085414e
 def _verdict(score: float, trades: int, plan: SearchPlan) -> tuple[str, str]:  # state, reason
     "Whether a score may be ranked."
     if trades < plan.min_trades:
@@ -539,7 +541,7 @@ _STATES = {
     "failed": TrialState.FAIL,
 }
 
-
+# %% ../../nbs/6_backtest/63_optimizer.ipynb #53890a66
 class SearchRecord:
     "Every configuration that has an outcome, by number; the baseline has number 0."
 
@@ -581,7 +583,7 @@ class SearchRecord:
         self._storage.remove_session()
         self._storage.engine.dispose()
 
-
+# %% ../../nbs/6_backtest/63_optimizer.ipynb #105ee0d9
 def _from_record(record: dict[str, Any]) -> Tried:
     "A configuration as it was written; a figure that was undefined is NaN again."
     names = ("metrics", "accuracy_metrics", "folds", "score")
@@ -618,7 +620,7 @@ def _spec(job: Job) -> dict[str, Any]:
     spec = {"space": job.space, "folds": job.folds, "plan": plan}
     return json_ready(spec | evaluator | {"identity": job.evaluator.identity()})
 
-
+# %% ../../nbs/6_backtest/63_optimizer.ipynb #0b329c3e
 def differences(
     old: Any,  # plain JSON
     new: Any,
@@ -635,7 +637,7 @@ def differences(
         return list(itertools.chain.from_iterable(parts))
     return [] if old == new else [f"{name} was {old} and is {new}"]
 
-
+# %% ../../nbs/6_backtest/63_optimizer.ipynb #daf144c4
 def _pin(folder: Path, job: Job, resume: bool) -> None:
     "Write down what is sought, or see that it is still the same."
     file, spec = folder / SEARCH_SPEC, _spec(job)
@@ -675,7 +677,7 @@ def enter(
     about = ("optimizer", run_id, known["market"], config, tuple(known["symbols"]))
     return replace(tried, ledger_row=ledger.record_trial(Trial(*about, daily)).n)
 
-
+# %% ../../nbs/6_backtest/63_optimizer.ipynb #df06733d
 def proposals(job: Job, record: SearchRecord) -> Iterator[dict[int, Params]]:
     "Batches of sought parameters by number; each is asked for when those before have outcomes."
     plan = job.plan
@@ -700,7 +702,7 @@ def _write_telemetry(folder: Path, found: Evaluation, plan: SearchPlan) -> None:
     for name in ("daily", "trades"):
         write_atomic(folder / f"{name}.parquet", parquet_bytes(getattr(found, name)))
 
-
+# %% ../../nbs/6_backtest/63_optimizer.ipynb #3688148e
 @dataclass(frozen=True)
 class _Work:
     "What a worker does with one configuration."
@@ -717,14 +719,14 @@ class _Work:
         tried = replace(tried, seconds=time.perf_counter() - begun)
         return tried, None if found is None else found.daily
 
-# %% ../../nbs/6_backtest/63_optimizer.ipynb #df06733d
+# %% ../../nbs/6_backtest/63_optimizer.ipynb #f6b0baca
 def _failed(outcome: Outcome) -> Tried:
     "A configuration whose measurement broke."
     number, params = outcome.item
     why = str(outcome.error)
     return Tried(config_id(number), params, "failed", why, seconds=outcome.seconds)
 
-
+# %% ../../nbs/6_backtest/63_optimizer.ipynb #49a5f5cc
 @dataclass(frozen=True)
 class Search:
     "Where a search lies, who is told, and how many work on it."
@@ -806,7 +808,7 @@ def _figures(tried: Tried) -> dict[str, Any]:
     "All that is compared."
     return {"score": tried.score, **tried.metrics, **tried.accuracy_metrics}
 
-
+# %% ../../nbs/6_backtest/63_optimizer.ipynb #d1e2e9c1
 def reproduce(
     folder: Path,  # of a finished search
     job: Job,  # made anew, from the same source

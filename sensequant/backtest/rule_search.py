@@ -27,7 +27,7 @@ from ..core.events import json_ready
 from ..core.settings import PREFIX
 from ..features import indicators
 from ..market import costs
-from ..trading import grid, kernel, opinions, portfolio, risk, sizing, strategies
+from ..trading import grid, kernel, opinions, portfolio, risk, sizing, strategies, tape
 from ..trading.grid import Grid, Signals, part
 from ..trading.opinions import AccuracyRules, signal_traces
 from ..trading.risk import Rules
@@ -62,7 +62,7 @@ def _typed(name: str, value: Any, like: Any) -> Any:
         raise SettingsError(f"{name} must be {kind}", value, "parameters")
     return type(like)(value)
 
-
+# %% ../../nbs/6_backtest/69_rule_search.ipynb #f02cd8a7
 def with_params(
     books: Books,
     rules: Rules,  # of the account
@@ -86,7 +86,7 @@ def _told(daily: pd.DataFrame, index: pd.Series | None) -> pd.DataFrame:
     series = daily[["net_return", "benchmark_return"]].assign(ic=np.nan)
     return series if index is None else series.assign(benchmark_return=index.reindex(series.index))
 
-
+# %% ../../nbs/6_backtest/69_rule_search.ipynb #caf87f28
 @dataclass(frozen=True, eq=False)
 class RuleEvaluator:
     "A strategy on a market, as a search sees it."
@@ -152,7 +152,7 @@ class RuleEvaluator:
             _told(daily, self.benchmark), trades, pd.concat(traces, ignore_index=True)
         )
 
-
+# %% ../../nbs/6_backtest/69_rule_search.ipynb #33e6e5fd
 def _account_days(done: Mapping[str, BacktestResult], capital: Mapping[str, float]) -> pd.DataFrame:
     "The days of one account, or of several side by side."
     dailies = {book: result.daily for book, result in done.items()}
@@ -160,7 +160,7 @@ def _account_days(done: Mapping[str, BacktestResult], capital: Mapping[str, floa
 
 # %% ../../nbs/6_backtest/69_rule_search.ipynb #684e454b
 _RULES = (indicators, portfolio, sizing, risk, strategies, opinions)
-_ENGINE = (costs, grid, kernel, accounts, backtester)
+_ENGINE = (costs, grid, tape, kernel, accounts, backtester)
 
 
 def bars_sha256(
