@@ -400,7 +400,8 @@ def superior(
 ) -> dict[str, Any]:  # p of SPA (consistent, lower, upper) and what StepM keeps at 5 %
     "Whether any of the trials has an alpha, and which ones have."
     block = math.ceil(block_length(alphas.iloc[:, 0].to_numpy(), plan.horizon))
-    losses, nothing = -alphas.set_axis(range(alphas.shape[1]), axis=1), np.zeros(len(alphas))
+    scaled = alphas / alphas.std().replace(0.0, 1.0)
+    losses, nothing = -scaled.set_axis(range(alphas.shape[1]), axis=1), np.zeros(len(alphas))
     how: dict[str, Any] = dict(block_size=block, reps=plan.samples, seed=plan.seed)
     spa, step = SPA(nothing, losses, **how), StepM(nothing, losses, size=0.05, **how)
     spa.compute()
