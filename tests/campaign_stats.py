@@ -95,9 +95,26 @@ def spa_p(tables: list[pd.DataFrame], seed: int) -> float:
     """Hansen's consistent p on alpha, as the package arch has it."""
     alphas = pd.concat([st.statistic_series(t, "alpha") for t in tables], axis=1)
     block = math.ceil(st.block_length(alphas.iloc[:, 0].to_numpy(), HORIZON))
-    test = SPA(np.zeros(len(alphas)), -alphas.to_numpy(), block_size=block, reps=500, seed=seed)
+    losses = -(alphas / alphas.std()).to_numpy()  # arch compares plain means
+    test = SPA(np.zeros(len(alphas)), losses, block_size=block, reps=500, seed=seed)
     test.compute()
     return float(test.pvalues["consistent"])
+
+
+def one_error_p(long_run: bool, tables: list[pd.DataFrame], seed: int) -> float:
+    """p of a max test with one error a trial for all resamples, long-run or standard deviation."""
+    returns = np.column_stack([st.statistic_series(t, "alpha") for t in tables])
+    n, gaps = len(returns), returns - returns.mean(axis=0)
+    block = st.block_length(returns[:, 0], HORIZON)
+    power = np.abs(np.fft.rfft(gaps, axis=0)) ** 2
+    around = np.fft.irfft(power, n=n, axis=0)[1:] / n  # autocovariances that wrap around
+    lags = np.arange(1, n)
+    weights = (1 - lags / n) * (1 - 1 / block) ** lags * long_run
+    error = np.sqrt(gaps.var(axis=0) + 2 * (weights @ around))
+    drawn = st.bootstrap_indices(n, block, 1000, seed)
+    counts = np.stack([np.bincount(row, minlength=n) for row in drawn])
+    largest = (counts @ gaps / n / error).max(axis=1)
+    return (1 + int((largest >= (returns.mean(axis=0) / error)[0]).sum())) / 1001
 
 
 def with_lags(lags: int, tables: list[pd.DataFrame], seed: int) -> float:
@@ -156,7 +173,7 @@ def main() -> None:
     """All tables, the cheap ones first."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--share", type=float, default=1.0, help="of the replications")
-    options.add_argument("--only", default="size,partial,lags,power", help="tables, by comma")
+    options.add_argument("--only", default="size,partial,errors,power", help="tables, by comma")
     chosen = options.parse_args()
     wanted, many = chosen.only.split(","), lambda n: max(2, round(n * chosen.share))
     gate, ranks = partial(max_t_p, "alpha"), partial(max_t_p, "rank_ic")
@@ -178,13 +195,16 @@ def main() -> None:
         for trials in (1, 6, 100):
             cell = Cell("garch", 345, trials, 0.6, many(200 if trials == 100 else 400), whole=False)
             report("max-t, parts", gate, cell)
-    if "lags" in wanted:
-        for lags in (4, 10, 15, 30):
-            for kind, n in (("garch", 250), ("garch_overlap", 250), ("garch_overlap", 345)):
-                cell = Cell(kind, n, 1, 0.0, many(1000))
-                report(f"max-t, {lags} lags", partial(with_lags, lags), cell)
-            power = Cell("garch_overlap", 250, 6, 0.6, many(300), shift=3.0)
-            report(f"max-t, {lags} lags", partial(with_lags, lags), power)
+    if "errors" in wanted:
+        tests = {f"own, {lags} lags": partial(with_lags, lags) for lags in (4, 10, 15, 30)}
+        tests |= {"one, long-run": partial(one_error_p, True)}
+        tests |= {"one, deviation": partial(one_error_p, False)}
+        cells = [Cell(kind, 250, 1, 0.0, many(1000)) for kind in KINDS[1:]]
+        cells += [Cell(kind, 250, 100, 0.0, many(200)) for kind in KINDS[1:]]
+        cells += [Cell(kind, 250, 6, 0.6, many(300), shift=3.0) for kind in KINDS[1:3]]
+        for cell in cells:
+            for name, test in tests.items():
+                report(name, test, cell)
     if "power" in wanted:
         for trials in (1, 6, 100):
             cell = Cell("garch", 345, trials, 0.6, many(200), shift=3.0)

@@ -173,7 +173,7 @@ def psr(
     ratio = sharpe(returns)
     return np.nan if np.isnan(ratio) else psr_of(ratio, len(returns), *moments(returns), benchmark)
 
-
+# %% ../../nbs/6_backtest/60_metrics.ipynb #8f332537
 def minimum_track_record(
     ratio: float,  # observed Sharpe ratio per period
     skewness: float = 0.0,  # of the returns
@@ -257,7 +257,7 @@ def _pooled_sharpe(
     spread = np.sqrt(np.where(varies, variance, 1.0))
     return np.where(varies, total / n / spread, 0.0)
 
-
+# %% ../../nbs/6_backtest/60_metrics.ipynb #7eb77550
 def overfitting(
     returns: np.ndarray,  # (n_sessions, n_configs) fractions, none missing
     blocks: int = 16,  # even; sessions are cut into as many stretches of almost equal length
@@ -405,7 +405,7 @@ def _parzen(
         total += weight * (cross + cross.T)
     return total / (n - k)
 
-
+# %% ../../nbs/6_backtest/60_metrics.ipynb #5b5d0a32
 def _prewhitened(
     moments: np.ndarray,  # (n, k) deviations
 ) -> np.ndarray:  # (k, k) long-run covariance

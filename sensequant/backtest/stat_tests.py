@@ -77,7 +77,7 @@ def bootstrap_sortino(
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(risk > 0, y[drawn].mean(axis=1) / risk, np.nan)
 
-
+# %% ../../nbs/6_backtest/64_stat_tests.ipynb #18a12a6b
 def bootstrap_alpha(
     y: np.ndarray,  # (n_sessions,) returns of the strategy
     x: np.ndarray,  # (n_sessions,) returns of the benchmark
@@ -156,7 +156,7 @@ def _studentised(
         found.append(np.abs(_pair_ratio(pairs[drawn]) - observed) / errors)
     return np.concatenate(found)
 
-
+# %% ../../nbs/6_backtest/64_stat_tests.ipynb #1fa625af
 def sharpe_difference(
     first: np.ndarray,  # (n,) returns of the rule
     second: np.ndarray,  # (n,) returns of the other rule on the same sessions
@@ -222,7 +222,7 @@ def _t(
     error = max(np.sqrt(power / width) / max(n, 1), smallest)
     return mean / error if error > 0 else 0.0
 
-
+# %% ../../nbs/6_backtest/64_stat_tests.ipynb #2a7cb4f7
 @njit(cache=True)
 def _resampled_t(
     gaps: np.ndarray,  # (k, n) statistic less its mean, NaN where unknown; row 0 is the candidate
@@ -302,7 +302,7 @@ def _blocks_cost(
     errors = 1 + 2 * ((1 - at[:lags] / (lags + 1)) * stay[:lags]).sum()
     return np.sqrt((1 - errors / n) / (1 - means / n).clip(0.25)).clip(1)
 
-
+# %% ../../nbs/6_backtest/64_stat_tests.ipynb #5e1571c4
 def _field(
     series: list[pd.Series],  # that speak, the candidate first
     horizon: int,
@@ -319,7 +319,7 @@ def _field(
     gaps = np.ascontiguousarray((table - table.mean()).to_numpy().T)
     return _Field(gaps, block, lags, float(ts[0]), scales)
 
-# %% ../../nbs/6_backtest/64_stat_tests.ipynb #5e1571c4
+# %% ../../nbs/6_backtest/64_stat_tests.ipynb #c2350ea9
 def _resamples(
     threshold: float,  # of p, in (0, 1)
 ) -> int:  # 200 beyond the threshold, so that a twentieth of it is still seen
@@ -339,7 +339,7 @@ def _largest(
         parts.append(_resampled_t(field.gaps, drawn, field.lags, field.scales))
     return np.concatenate(parts)
 
-
+# %% ../../nbs/6_backtest/64_stat_tests.ipynb #f7b5abbf
 def _recorded(
     frames: Sequence[pd.DataFrame],  # the candidate first
     statistic: str,  # of `STATISTICS`
@@ -400,7 +400,8 @@ def superior(
 ) -> dict[str, Any]:  # p of SPA (consistent, lower, upper) and what StepM keeps at 5 %
     "Whether any of the trials has an alpha, and which ones have."
     block = math.ceil(block_length(alphas.iloc[:, 0].to_numpy(), plan.horizon))
-    losses, nothing = -alphas.set_axis(range(alphas.shape[1]), axis=1), np.zeros(len(alphas))
+    scaled = alphas / alphas.std().replace(0.0, 1.0)
+    losses, nothing = -scaled.set_axis(range(alphas.shape[1]), axis=1), np.zeros(len(alphas))
     how: dict[str, Any] = dict(block_size=block, reps=plan.samples, seed=plan.seed)
     spa, step = SPA(nothing, losses, **how), StepM(nothing, losses, size=0.05, **how)
     spa.compute()
@@ -450,7 +451,7 @@ CERTAINTY_KEYS = (
     "kurtosis",  # population moment, 3 when normal
 )
 
-
+# %% ../../nbs/6_backtest/64_stat_tests.ipynb #44e98ec7
 def _certainty(
     returns: pd.Series,  # net, fraction per session
     plan: Resampling,
@@ -545,7 +546,7 @@ def _trading(
         "n_held_mean": daily["n_held"].mean(),
     }
 
-
+# %% ../../nbs/6_backtest/64_stat_tests.ipynb #fa793f11
 def _skill(
     predictions: pd.DataFrame,  # columns symbol, ts, score, forward_return
     horizon: int,  # sessions that forward_return spans
@@ -626,7 +627,7 @@ def _pair(
         return pd.DataFrame(columns=[0, 1], dtype=float)
     return pd.concat([net, beside.baseline["net_return"]], axis=1, join="inner").dropna()
 
-
+# %% ../../nbs/6_backtest/64_stat_tests.ipynb #16d4f1fc
 def _against(
     pair: pd.DataFrame,  # of `_pair`, both varying
     plan: Resampling,
@@ -654,7 +655,7 @@ def folds_of(
         return quarters
     return labels.first().reindex(sessions, method="ffill").bfill()
 
-
+# %% ../../nbs/6_backtest/64_stat_tests.ipynb #0fe871ad
 def _walk(
     daily: pd.DataFrame,  # column net_return, by session
     market: pd.Series,  # benchmark on some or all of these sessions
@@ -754,7 +755,7 @@ def _whys(
 
 WALK_KEYS = ("n_folds", "n_positive", "worst_alpha_daily", "folds")
 
-
+# %% ../../nbs/6_backtest/64_stat_tests.ipynb #19dde981
 def _compared_sections(
     daily: pd.DataFrame,
     beside: Beside,
