@@ -248,8 +248,9 @@ def briefing_text(
 # %% ../../nbs/7_govern/76_briefing.ipynb #904627d3
 def _checks(checks: list[dict[str, Any]]) -> pd.DataFrame:
     "Checks as a table of words."
-    held = {True: "yes", False: "NO"}
-    word = [held[c["passed"]] if c["read"] else "not read" for c in checks]
+    no = {"production": "staging only"}
+    held = ["yes" if c["passed"] else no.get(c["blocks"], "NO") for c in checks]
+    word = [h if c["read"] else "not read" for h, c in zip(held, checks, strict=True)]
     table = pd.DataFrame(checks)[["must", "measured"]].assign(passed=word)
     return table.rename(columns={"must": "must hold"})
 
