@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom, binomtest
 from statsmodels.stats.proportion import proportion_confint
 
-from sensequant.backtest import calibration, certificate
+from sensequant.backtest import calibration
 from sensequant.backtest.calibration import (
     Plan,
     Replication,
@@ -36,6 +36,7 @@ from sensequant.core.errors import DataError, GateError, SettingsError
 from sensequant.core.events import append_lines, json_bytes
 from sensequant.core.settings import load_settings
 from sensequant.data.bars import check_bars
+from sensequant.govern import certificate
 from sensequant.govern.certificate import (
     ANSWERS,
     Campaign,

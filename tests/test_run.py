@@ -649,7 +649,7 @@ def test_a_run_killed_anywhere_and_resumed_ends_the_same(finished_run, folder):
     kill_all(reversed(walk.family()))  # the machine goes off: all at once
     walk.ended()
     done = taught(run)
-    assert 1 <= len(done) < 9
+    assert 1 <= len(done) < 10
     assert statuses(run)[0] == {"1_ingest": "success", "2_teacher": "running"}
 
     for event in ("teacher_window_success", "student_window_success"):
@@ -661,7 +661,7 @@ def test_a_run_killed_anywhere_and_resumed_ends_the_same(finished_run, folder):
         assert not {w for w, seconds in told.items() if seconds is not None} & done
         require_gone(families[-1])
         done = taught(run)
-    assert len(told) == len(done) == 9
+    assert len(told) == len(done) == 10
 
     walk = Walk(home, "resume", run.run_id)
     walk.until(lambda: (run.folder / "predictions.parquet").exists())

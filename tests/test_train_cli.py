@@ -99,7 +99,7 @@ def test_phases_are_trained_one_by_one_and_the_run_can_go_on(tmp_path, monkeypat
     assert (run.folder / "teacher_runs.json").exists()
     assert not (run.folder / "student_runs.json").exists()
     counts = count_outcomes(read_window_runs(run, "teacher", "pooled"))
-    assert counts["success"] == 4 and not counts["failed"]
+    assert counts["success"] == 5 and not counts["failed"]
     config = run.artifacts.read_json("config.json")
     plan = plan_run(config, open_feed(config), tmp_path / "absent")
     told = read_window_runs(run, "teacher")
