@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import psutil
 import pytest
 from processes import gone_within
@@ -84,6 +86,17 @@ def copied_run(finished_run, tmp_path):
 
     shutil.copytree(finished_run.home, tmp_path / "copy")
     return Run(finished_run.run_id, tmp_path / "copy")
+
+
+@pytest.fixture(scope="session")
+def fat_tails():
+    "Two series of 500 fat-tailed returns: a strategy and a market."
+    index = pd.bdate_range("2022-01-03", periods=500)
+    draw = {
+        seed: np.random.default_rng(seed).standard_t(5, 500) * 0.01 + drift
+        for seed, drift in ((11, 0.0005), (12, 0.0003))
+    }
+    return pd.Series(draw[11], index), pd.Series(draw[12], index)
 
 
 # A Dask cluster: a scheduler and two workers, all processes of their own, on the loopback only.

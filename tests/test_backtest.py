@@ -25,17 +25,6 @@ from sensequant.trading.strategies import Model
 # --- metrics -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def fat_tails():
-    "Two series of 500 fat-tailed returns: a strategy and a market."
-    index = pd.bdate_range("2022-01-03", periods=500)
-    draw = {
-        seed: np.random.default_rng(seed).standard_t(5, 500) * 0.01 + drift
-        for seed, drift in ((11, 0.0005), (12, 0.0003))
-    }
-    return pd.Series(draw[11], index), pd.Series(draw[12], index)
-
-
 def test_figures_of_two_other_libraries(fat_tails):
     "Recorded with empyrical-reloaded 0.7.1 and quantstats 0.0.86 on these two series."
     returns, market = fat_tails

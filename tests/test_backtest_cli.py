@@ -185,7 +185,7 @@ def test_a_finished_run_brings_its_bars_and_predictions(finished_run, tmp_path, 
     spoken = pd.DatetimeIndex(said["ts"]).tz_convert(IST).normalize()
     first, last = spoken.min(), spoken.max()
     days = kept.daily.index
-    assert days.min() == first and (days > last).sum() <= 2 * 1  # one session, two accounts
+    assert days.min() == first and (days > last).sum() == 2 * 1  # one session, two accounts
     assert set(kept.trades["account"]) == {"model", "swing"} and "SIMULATED" in told
     model = kept.trades.query("account == 'model'")
     score = said.set_index(["symbol", "ts"])["score"]

@@ -221,11 +221,12 @@ def test_a_picked_period_still_counts_every_try_that_shares_a_session(ledger):
 def test_any_two_periods_that_may_be_judged_share_sessions(ledger):
     n = record(ledger, SKILL.iloc[:-249])
     assert "holdout_kept" in failed(verdict(ledger, trial=n))  # it ends 250 before the hold-out
-    late, early = SKILL.iloc[-250:], SKILL.iloc[:-248]
-    for part in (late, early):
-        told = verdict(ledger, rules=GateRules(), trial=record(ledger, part))
-        assert condition(told, "holdout_kept").passed
-    assert late.index[0] <= early.index[-1]
+    n = record(ledger, SKILL.iloc[:-248])  # the earliest that may be judged, and the shortest
+    assert condition(verdict(ledger, rules=GateRules(), trial=n), "holdout_kept").passed
+    told = verdict(ledger, rules=GateRules(), trial=record(ledger, SKILL.iloc[-250:]))
+    assert condition(told, "holdout_kept").passed and condition(told, "oos_sessions").passed
+    told = verdict(ledger, rules=GateRules(), trial=record(ledger, SKILL.iloc[-249:]))
+    assert not condition(told, "oos_sessions").passed
 
 
 def test_the_worst_days_may_not_be_left_out(ledger):
@@ -345,12 +346,23 @@ def test_noise_added_to_the_ledger_only_makes_it_harder(ledger):
     [
         ({"n_failed": None}, "failure_rate"),
         ({"n_success": None}, "success"),
+        ({"n_failed": -3}, "failure_rate"),
+        ({"n_failed": True}, "failure_rate"),
+        ({"n_failed": "2"}, "failure_rate"),
+        ({"n_success": 1.5}, "success"),
         ({"audit": None}, "leak_checks"),
         ({"audit": AUDIT[:-1]}, "leak_checks"),
         ({"audit": [*AUDIT, Check("lookahead", "m", "f", passed=False)]}, "leak_checks"),
         ({"coverage": None}, "coverage"),
         ({"coverage": {"totals": TOTALS | {"sessions_held": 900}}}, "coverage"),
         ({"coverage": {"totals": TOTALS | {"sessions_expected": 0}}}, "coverage"),
+        ({"coverage": {"totals": TOTALS | {"sessions_held": 5000}}}, "coverage"),
+        (
+            {"coverage": {"totals": TOTALS | {"sessions_expected": -1, "sessions_held": -1}}},
+            "coverage",
+        ),
+        ({"coverage": {"totals": TOTALS | {"rows_read": 10}}}, "data_quality"),
+        ({"coverage": [1, "two"]}, "coverage"),
         ({"coverage": {"totals": TOTALS | {"rows": 900}}}, "data_quality"),
         ({"trading": None}, "costs"),
         ({"holdout": None}, "holdout_kept"),

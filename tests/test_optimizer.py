@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ from sensequant.backtest.optimizer import (
 from sensequant.core.errors import DataError, GateError, SettingsError
 from sensequant.core.ledger import Ledger
 from sensequant.core.testing import sessions
+from sensequant.market.calendar import sessions as exchange_sessions
 from sensequant.ops.deployment import config_lines, open_search, summarise, write_files
 from sensequant.ops.main import app
 
@@ -355,7 +357,7 @@ def test_the_best_of_a_null_market_is_luck_and_said_to_be(null_search):
 def test_the_holdout_is_not_read(null_search):
     home, _ = null_search
     found = open_search(home / "found")
-    held = pd.Timestamp("2024-12-31", tz="Asia/Kolkata") - pd.Timedelta(days=120)
+    held = exchange_sessions(date(2022, 1, 3), date(2024, 12, 31))[-120]
     assert pd.Timestamp(found.summary["date_range"]["end"]) < held
     ledger = Ledger(home / "data/state/ledger.db")
     assert ledger.verify().intact

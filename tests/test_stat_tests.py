@@ -1,7 +1,6 @@
 """Statistics against the examples of their papers, other libraries, and the size they claim."""
 
 import json
-import time
 from dataclasses import asdict
 from functools import partial
 from itertools import combinations
@@ -22,9 +21,6 @@ from sensequant.backtest import metrics, stat_tests
 from sensequant.backtest.stat_tests import Beside, Resampling, max_t
 from sensequant.core.errors import DataError
 from sensequant.core.testing import expect_fail, sessions
-
-YEAR = 252**0.5
-
 
 # --- examples of the papers ----------------------------------------------------------------------
 
@@ -89,17 +85,6 @@ def test_the_hedge_funds_of_ledoit_and_wolf():
 
 
 # --- other libraries -----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def fat_tails():
-    "Two series of 500 fat-tailed returns: a strategy and a market."
-    index = pd.bdate_range("2022-01-03", periods=500)
-    draw = {
-        seed: np.random.default_rng(seed).standard_t(5, 500) * 0.01 + drift
-        for seed, drift in ((11, 0.0005), (12, 0.0003))
-    }
-    return pd.Series(draw[11], index), pd.Series(draw[12], index)
 
 
 def test_quantstats_and_empyrical(fat_tails):
@@ -169,11 +154,10 @@ def test_overfitting_is_what_the_paper_counts(blocks, rules):
     assert found.pbo == pytest.approx(by_the_book(returns, blocks), abs=1e-12)
 
 
-def test_all_splits_of_a_hundred_rules_take_seconds():
+def test_all_splits_of_a_hundred_rules():
     returns = np.random.default_rng(1).normal(0, 0.01, (503, 100))
-    began = time.process_time()
     found = metrics.overfitting(returns)
-    assert found.n_splits == 12_870 and time.process_time() - began < 5
+    assert found.n_splits == 12_870 and 0 <= found.pbo <= 1
     idle = metrics.overfitting(np.c_[returns[:, :3] - 0.01, np.zeros(503)])
     assert idle.pbo == 0.0 and idle.loss == 0.0  # a rule that rests is better than three that lose
 
@@ -288,11 +272,9 @@ def test_any_holes_give_a_p_that_json_can_hold(seed, trials, lost):
 
 
 @pytest.mark.slow
-def test_a_hundred_trials_and_a_tiny_threshold_take_less_than_a_minute():
+def test_a_hundred_trials_and_a_tiny_threshold_have_resamples_enough():
     tables = frames(Cell("garch", 500, 100, 0.3, 1), 11)
-    began = time.process_time()
     found = max_t(tables[0], tables[1:], **(ASKED | {"threshold": 0.0003}))
-    assert time.process_time() - began < 60
     assert found.samples == 100_000 and found.resolution < 0.0003 / 20
     assert stat_tests._resamples(0.03) == 6667
 

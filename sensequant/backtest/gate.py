@@ -278,8 +278,9 @@ def _windows(
     max_failure_rate: float,  # of success plus failed
 ) -> list[Condition]:
     "Few windows broke, and some did not."
-    good, bad = n_success or 0, n_failed or 0
-    attempted, counted = good + bad, None not in (n_success, n_failed)
+    counted = all(type(n) is int and n >= 0 for n in (n_success, n_failed))
+    good, bad = (n_success or 0, n_failed or 0) if counted else (0, 0)
+    attempted = good + bad
     rate = bad / attempted if attempted and counted else None
     must = f"at most {max_failure_rate:.0%} of the windows attempted may fail"
     found = "no window attempted" if counted else "no count of windows"
@@ -367,7 +368,7 @@ def _share(case: _Case, part: str, whole: str) -> float | None:
     "One total of the coverage over another."
     totals = _at(case.evidence.coverage, "totals")
     a, b = _number(totals, part), _number(totals, whole)
-    return None if a is None or not b else a / b
+    return a / b if a is not None and b and 0 <= a <= b else None
 
 
 def _data(case: _Case) -> list[Condition]:
@@ -484,7 +485,8 @@ def _profit(case: _Case) -> Condition:
 # %% ../../nbs/6_backtest/65_gate.ipynb #9df522dd
 def _reference(case: _Case) -> list[Condition]:
     "Bars of scores beside the verdict, or in its way when they are required."
-    given, told = dict(case.evidence.reference or {}), []
+    held, told = case.evidence.reference, []
+    given = dict(held) if isinstance(held, Mapping) else {}
     if case.series is not None:
         given["sharpe"] = sharpe(case.series["net_return"], SESSIONS_A_YEAR)
     blocks = "all" if case.rules.reference_bars == "require" else "nothing"
