@@ -201,6 +201,11 @@ class GateRules:
     reference_bars: str = "report"  # or require
     checks: tuple[str, ...] = AUDIT_CHECKS  # names that the audit must have looked at
 
+    def declared(self, scope: str) -> str:
+        "Where skill must show: alpha or rank_ic."
+        auto = "rank_ic" if scope == "pooled" else "alpha"
+        return auto if self.statistic == "auto" else self.statistic
+
 
 _SAME = ("propose", "yearly_error", "holdout_sessions", "min_oos_sessions", "max_failure_rate")
 _OWN = ("statistic", "min_coverage_frac", "max_rejected_frac", "reference_bars")
@@ -249,8 +254,7 @@ class _Case:
     @property
     def statistic(self) -> str:
         "Where skill must show."
-        auto = "rank_ic" if self.evidence.scope == "pooled" else "alpha"
-        return auto if self.rules.statistic == "auto" else self.rules.statistic
+        return self.rules.declared(self.evidence.scope)
 
     @property
     def usable(self) -> int:
@@ -278,8 +282,8 @@ def _windows(
     max_failure_rate: float,  # of success plus failed
 ) -> list[Condition]:
     "Few windows broke, and some did not."
-    counted = all(type(n) is int and n >= 0 for n in (n_success, n_failed))
-    good, bad = (n_success or 0, n_failed or 0) if counted else (0, 0)
+    counts = [n if type(n) is int and n >= 0 else None for n in (n_success, n_failed)]
+    (good, bad), counted = (n or 0 for n in counts), None not in counts
     attempted = good + bad
     rate = bad / attempted if attempted and counted else None
     must = f"at most {max_failure_rate:.0%} of the windows attempted may fail"

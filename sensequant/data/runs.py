@@ -211,16 +211,23 @@ def actions_file(
     return home / "data" / "corporate_actions.csv"
 
 
-def _pin_views(run: Run, symbol: str, bars: pd.DataFrame, holdout: date | None) -> bool:
-    "Pin a symbol's bars, for the view that reads the hold-out too; False without one before it."
-    if holdout is None:
-        pin_bars(run, symbol, bars)
-        return True
-    before = between(bars, None, holdout - timedelta(days=1))
-    if len(before):
-        pin_bars(run, symbol, before)
-        pin_bars(replace(run, opened=True), symbol, bars)
-    return len(before) > 0
+@dataclass(frozen=True)
+class _Views:
+    "Until when each view of a run reads, and knows of corporate actions."
+
+    end: date  # last day of the bars
+    holdout: date | None  # first session of the hold-out
+
+    def pin(self, run: Run, symbol: str, raw: pd.DataFrame, actions: pd.DataFrame) -> bool:
+        "Pin a symbol's bars for both; False where there is none before the hold-out."
+        before = self.holdout - timedelta(days=1) if self.holdout else self.end
+        early = between(raw, None, before)
+        if len(early):
+            pin_bars(run, symbol, adjust(early, actions, as_of=before))
+            if self.holdout:
+                opened = replace(run, opened=True)
+                pin_bars(opened, symbol, adjust(raw, actions, as_of=self.end))
+        return len(early) > 0
 
 
 def _pin_symbols(
@@ -237,8 +244,7 @@ def _pin_symbols(
                 "the store must hold what was ingested", "other bars", found.symbol, fix
             )
         actions = actions_for(table, found.symbol, ingested.source)
-        bars = adjust(raw, actions, as_of=span.end)
-        if _pin_views(run, found.symbol, bars, holdout):
+        if _Views(span.end, holdout).pin(run, found.symbol, raw, actions):
             pinned.append(found.symbol)
         else:
             words = f"not used: its first bar lies in the hold-out, which begins {holdout}"
@@ -393,7 +399,8 @@ def _sentiment(run: Run, inputs: Inputs, settings: Settings) -> dict[str, Any]:
     if inputs.simulated:
         return {"source": "none", "share_covered": 0.0, "notes": ["nobody writes of SIM001"]}
     own = settings.model_copy(update={"home": run.home})
-    return fetch_sentiment(own, inputs.symbols, inputs.start, inputs.end).describe()
+    end = read_inputs(holdout_view(run)).end if inputs.holdout else inputs.end
+    return fetch_sentiment(own, inputs.symbols, inputs.start, end).describe()
 
 # %% ../../nbs/2_data/29_runs.ipynb #5935450d
 def pin_sources(

@@ -17,6 +17,7 @@ import pandas as pd
 
 from ..backtest.gate import Check
 from ..core.errors import DataError
+from ..core.types import PREDICTION_COLUMNS
 from ..data.runs import Run, pinned_bars, read_inputs
 from ..features.feature_sets import make_features, pinned_context, warmup_bars
 from ..features.lookahead import check_context, check_lookahead
@@ -70,7 +71,7 @@ def check_lineage(
     return Check("lineage", must, found, early.empty)
 
 # %% ../../nbs/7_govern/72_audit.ipynb #78b73caf
-RESCORED = ["ts", "window_label", "p_long", "p_short", "score", "label"]
+RESCORED = [c for c in PREDICTION_COLUMNS if c != "symbol"]  # what is said, and what came of it
 
 
 def _said_again(
@@ -87,12 +88,13 @@ def check_rescore(
     run: Run,
     predictions: pd.DataFrame,  # PREDICTION_COLUMNS
     students: list[WindowRecord],
-    sample: int = 5,  # symbols compared, spread over the alphabet
+    sample: int = 5,  # symbols compared, spread over the alphabet; all where they share a model
 ) -> Check:
     "Models read back from their files say of the pinned bars what the predictions say."
-    names = predictions["symbol"].unique()
+    names, recipe = predictions["symbol"].unique(), read_recipe(run)
+    sample = len(names) if recipe.scope == "pooled" else sample  # one model speaks of all anyway
     chosen = names[np.unique(np.linspace(0, len(names) - 1, min(sample, len(names))).astype(int))]
-    again = _said_again(run, students, read_recipe(run), list(chosen))
+    again = _said_again(run, students, recipe, list(chosen))
     wrong = []
     for symbol in chosen:
         said = [t[t["symbol"] == symbol].reset_index(drop=True) for t in (again, predictions)]
@@ -111,7 +113,7 @@ def check_returns(
     "The returns behind the statistics follow from the predictions, the bars and the rule."
     again = trade(run, predictions, rule_from(stats["rule"])).daily
     held = run.artifacts.read_parquet("daily_returns.parquet")
-    same = again["net_return"].equals(held["net_return"]) and len(held) == stats["n_sessions"]
+    same = again.equals(held) and len(held) == stats["n_sessions"]
     found = f"{len(again)} sessions recomputed, {'the same' if same else 'not the same'}"
     return Check(
         "returns", "daily returns must follow from predictions, bars and rule", found, same

@@ -151,7 +151,7 @@ def evidence_table(
 
 # %% ../../nbs/7_govern/76_briefing.ipynb #9b7211b6
 def yearly_table(
-    daily: pd.DataFrame,  # of `long_flat`, by session; at most twelve years are shown
+    daily: pd.DataFrame,  # `ACCOUNT_COLUMNS` by session; at most twelve years are shown
 ) -> pd.DataFrame:  # by calendar year: net, gross and benchmark return in %, sessions
     "Whether it was one good year."
     names = {

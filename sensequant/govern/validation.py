@@ -212,13 +212,7 @@ def trade(
 def trial_series(
     daily: pd.DataFrame,  # of `trade`: net_return and benchmark_return by session
     predictions: pd.DataFrame,  # columns symbol, ts, score, forward_return
-    horizon: int,  # sessions that forward_return spans
-    market: pd.Series | None = None,  # close-to-close fraction by session; None: the universe's
 ) -> pd.DataFrame:  # `core.ledger.SERIES_COLUMNS` by session
     "What a trial made each session, as the ledger keeps it."
-    by_bar = rank_ic(predictions, horizon).by_date
-    days = pd.DatetimeIndex(by_bar.index).tz_convert(IST).normalize()
-    ic = by_bar.groupby(days).mean().reindex(daily.index)
-    benchmark = daily["benchmark_return"] if market is None else market.reindex(daily.index)
-    columns = {"net_return": daily["net_return"], "benchmark_return": benchmark, "ic": ic}
-    return pd.DataFrame(columns, index=daily.index)
+    ic = rank_ic(predictions).by_date.reindex(daily.index)
+    return daily[["net_return", "benchmark_return"]].assign(ic=ic)
