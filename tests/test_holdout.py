@@ -15,6 +15,7 @@ from sensequant.data.feeds import SimulatedFeed
 from sensequant.data.ingest import ingest
 from sensequant.data.runs import (
     Run,
+    actions_file,
     benchmark_returns,
     holdout_view,
     pin_run,
@@ -26,6 +27,7 @@ from sensequant.learn.batch import BatchRules, train_students, train_teachers
 from sensequant.learn.predictions import chain_predictions
 from sensequant.learn.tables import Recipe, WindowSpec
 from sensequant.learn.teacher import TeacherSpec
+from sensequant.market.actions import ACTION_COLUMNS
 from sensequant.market.simulator import MarketSpec, simulate
 
 FIRST, START, END = date(2022, 7, 1), date(2023, 1, 2), date(2024, 2, 29)
@@ -156,3 +158,20 @@ def test_without_a_hold_out_there_is_no_view_of_it(tmp_path):
     assert read_inputs(run).holdout is None
     with pytest.raises(GateError, match="must hold sessions out"):
         holdout_view(run)
+
+
+def test_an_action_inside_the_hold_out_changes_no_earlier_bar(tmp_path):
+    names = {"symbol": "SIM001", "kind": "split", "status": "confirmed", "applies_to": "any"}
+    rows = names | {"price_factor": 0.5, "price_shift_inr": 3.0, "volume_factor": 2.0}
+    rows |= {"ex_date": "2024-02-05", "source": "test", "note": ""}
+    plain, split = (tmp_path / n for n in ("plain", "split"))
+    for home in (plain, split):
+        home.mkdir()
+    actions_file(split).parent.mkdir(parents=True)
+    pd.DataFrame([rows])[list(ACTION_COLUMNS)].to_csv(actions_file(split), index=False)
+    runs = [made(home, SimulatedFeed(MARKET)) for home in (plain, split)]
+    pd.testing.assert_frame_equal(*(pinned_bars(run, "SIM001") for run in runs))
+    whole = [pinned_bars(holdout_view(run), "SIM001")["close"] for run in runs]
+    assert whole[1].iloc[0] == pytest.approx(whole[0].iloc[0] / 2 + 3, abs=0.01)
+    assert whole[1].iloc[-1] == whole[0].iloc[-1]
+    assert runs[1].artifacts.read_json("actions.json")["applied"]
