@@ -225,7 +225,8 @@ def table_rows(text: str) -> dict[str, str]:
 def test_the_readme_maps_every_notebook_and_every_phase():
     rows = table_rows((ROOT / "README.md").read_text("utf-8"))
     for folder in {p.parent for p in CHAPTERS}:
-        names = [p.stem.split("_", 1)[1] for p in CHAPTERS if p.parent == folder]
+        here = sorted((p for p in CHAPTERS if p.parent == folder), key=number)
+        names = [p.stem.split("_", 1)[1] for p in here]
         assert rows[f"nbs/{folder.name}"].split(", ") == names
     for path in PHASES:
         title = "".join(json.loads(path.read_text("utf-8"))["cells"][0]["source"]).splitlines()[0]
