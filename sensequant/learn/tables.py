@@ -243,6 +243,28 @@ class Panel:
     newest: pd.Timestamp | None  # last bar of any symbol, after the span too, IST
 
 
+def _compared(
+    tables: Iterable[tuple[str, pd.DataFrame]],  # symbol and its table, `with_sigma`
+    span: Any,  # Window or Span
+    recipe: Recipe,
+) -> Panel:  # rows `comparable`, those without a label too, no `weight`
+    "What is known at each moment of a span, one moment after the other."
+    required, parts, ends = (*required_columns(recipe.groups), "sigma"), {}, []
+    for symbol, table in tables:
+        parts[symbol] = span.slice(table).dropna(subset=list(required))
+        ends.append(table.index[-1])
+    return Panel(comparable(stack(parts)), max(ends))  # ranked among all that had a bar
+
+
+def _usable(panel: Panel, recipe: Recipe, labelled: bool) -> Panel:
+    "The rows of a `_compared` panel that a model learns from or speaks of."
+    rows = panel.rows.dropna(subset=["target"]) if labelled else panel.rows.copy()
+    rows["label_known_at"] = known_together(rows)  # a target knows what the others did
+    if labelled:
+        rows["weight"] = sample_weights(rows, recipe.window.sample_weights)
+    return Panel(rows, panel.newest)
+
+
 def panel_of(
     tables: Iterable[tuple[str, pd.DataFrame]],  # symbol and its table, `with_sigma`
     span: Any,  # Window or Span: whatever cuts a frame with `slice`
@@ -250,20 +272,13 @@ def panel_of(
     labelled: bool = True,  # False: rows without a label too, and without `weight`
 ) -> Panel:
     "The usable rows of all symbols in a span, made comparable across symbols."
-    required, parts, ends = (*required_columns(recipe.groups), "sigma"), {}, []
-    for symbol, table in tables:
-        parts[symbol] = span.slice(table).dropna(subset=list(required))
-        ends.append(table.index[-1])
-    rows = comparable(stack(parts))  # ranked among all that had a bar, not all that got a label
-    rows = rows.dropna(subset=["target"]) if labelled else rows
-    rows["label_known_at"] = known_together(rows)  # a target knows what the others did
-    if labelled:
-        rows["weight"] = sample_weights(rows, recipe.window.sample_weights)
-    return Panel(rows, max(ends))
+    return _usable(_compared(tables, span, recipe), recipe, labelled)
 
 # %% ../../nbs/5_learn/55_tables.ipynb #ef066ae1
-HELD_BYTES = 2**28  # of tables that a process keeps; 96 symbols and four years of days take a ninth
-_HELD: dict[Any, list[tuple[str, pd.DataFrame]]] = {}  # of one run
+HELD_BYTES = (
+    2**28
+)  # of tables that may become a held panel; 96 symbols, four years of days: a ninth
+_HELD: dict[Any, Panel | None] = {}  # of one run; None where its tables are not small
 
 
 def _made_from(run: Run, recipe: Recipe) -> tuple:
@@ -274,24 +289,33 @@ def _made_from(run: Run, recipe: Recipe) -> tuple:
 
 
 def _all_tables(run: Run, recipe: Recipe) -> Iterator[tuple[str, pd.DataFrame]]:
-    "Symbols and their tables `with_sigma`, one after the other; kept where all of them are small."
-    key, inputs = _made_from(run, recipe), read_inputs(run)
-    if key in _HELD:
-        yield from _HELD[key]
-        return
-    _HELD.clear()
-    made: list[tuple[str, pd.DataFrame]] = []
-    room = HELD_BYTES
+    "Symbols and their tables `with_sigma`, one after the other."
+    inputs = read_inputs(run)
     for symbol in inputs.symbols:
         bars, table = pinned_bars(run, symbol), symbol_table(run, symbol, recipe)
-        table = with_sigma(table, bars, inputs.interval, recipe.label)
+        yield symbol, with_sigma(table, bars, inputs.interval, recipe.label)
+
+
+def _small_tables(run: Run, recipe: Recipe) -> dict[str, pd.DataFrame] | None:
+    "All tables by symbol, or None as soon as they are too large to be kept."
+    tables, room = {}, HELD_BYTES
+    for symbol, table in _all_tables(run, recipe):
+        tables[symbol] = table
         room -= int(table.memory_usage().sum())
-        made.append((symbol, table))
         if room <= 0:
-            made.clear()
-        yield symbol, table
-    if room > 0:
-        _HELD[key] = made
+            return None
+    return tables
+
+
+def _whole_panel(run: Run, recipe: Recipe) -> Panel | None:  # None where it is not small
+    "All rows of a run, `_compared`; made once in a process."
+    key = _made_from(run, recipe)
+    if key not in _HELD:
+        _HELD.clear()
+        tables = _small_tables(run, recipe)
+        whole = Span(None, None)
+        _HELD[key] = None if tables is None else _compared(tables.items(), whole, recipe)
+    return _HELD[key]
 
 # %% ../../nbs/5_learn/55_tables.ipynb #bf95eb5c
 def panel_rows(
@@ -301,7 +325,10 @@ def panel_rows(
     labelled: bool = True,  # as for `panel_of`
 ) -> Panel:
     "The panel of a run."
-    return panel_of(_all_tables(run, recipe), span, recipe, labelled)
+    whole = _whole_panel(run, recipe)
+    if whole is None:
+        return panel_of(_all_tables(run, recipe), span, recipe, labelled)
+    return _usable(Panel(span.slice(whole.rows), whole.newest), recipe, labelled)
 
 # %% ../../nbs/5_learn/55_tables.ipynb #b4545165
 def rows_sha256(
