@@ -3038,6 +3038,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'sensequant/learn/student.py'),
                                           'sensequant.learn.student._moments': ( '5_learn/student.html#_moments',
                                                                                  'sensequant/learn/student.py'),
+                                          'sensequant.learn.student._nearest': ( '5_learn/student.html#_nearest',
+                                                                                 'sensequant/learn/student.py'),
                                           'sensequant.learn.student._pipeline': ( '5_learn/student.html#_pipeline',
                                                                                   'sensequant/learn/student.py'),
                                           'sensequant.learn.student._probabilities': ( '5_learn/student.html#_probabilities',
