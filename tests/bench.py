@@ -18,6 +18,7 @@ import psutil
 from bench_backtest import bench_backtest
 from bench_data import bench_store
 from bench_fetch import bench_fetch
+from bench_gate import bench_gate
 from bench_learn import bench_learn
 from bench_traces import bench_traces
 
@@ -138,6 +139,7 @@ def main() -> None:
     ratios |= bench_store(Path(tempfile.mkdtemp()), watch)
     ratios |= bench_fetch(Path(tempfile.mkdtemp()), watch)
     ratios |= bench_replication(watch)
+    ratios |= bench_gate(Path(tempfile.mkdtemp()), watch)
     ratios |= bench_traces(Path(tempfile.mkdtemp()), watch)
     print(watch.table().to_string(), "\n")
     for name, value in ratios.items():
