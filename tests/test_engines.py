@@ -10,9 +10,10 @@ from datetime import date
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from sensequant.backtest.accounts import FIGURES, Account, account_figures, side_by_side
 from sensequant.backtest.backtester import (
     ACCOUNT_COLUMNS,
     TRADE_COLUMNS,
@@ -171,7 +172,11 @@ def both(grid: Grid, signals: Signals, rules: Rules) -> tuple[BacktestResult, Ba
     return fast, plain
 
 
+VANISHED = Shape(8, 5, 8, 1, 0.0, 0.002, 0.0, 0.1, 0.2)  # a price that a ratio rounds
+
+
 @settings(max_examples=150, deadline=None)
+@example(VANISHED, Rules(slippage=FREE, max_exposure_inr=60_000.0, circuit_frac=0.0), 0.0)
 @given(SHAPES, RULES, st.sampled_from([0.0, 0.6, 0.95]))
 def test_engines_agree_on_random_markets(shape, rules, patience):
     grid = random_market(shape)
@@ -747,6 +752,24 @@ def test_no_trade_is_an_account_in_cash():
     result, _ = both(grid, make_signals(grid, np.zeros((30, 1))), BARE)
     assert result.trades.empty and tuple(result.trades.columns) == TRADE_COLUMNS
     assert (result.daily["net_return"] == 0).all() and np.isnan(result.summary["win_rate"])
+
+
+def test_an_account_that_lost_everything_has_figures_still():
+    "Sold short at 100, the next day opens at 250: more is owed than was there."
+    bars = {"A": priced(FLAT_BAR, FLAT_BAR, (250, 251, 249, 250), (250, 251, 249, 250))}
+    rules = replace(BARE, product=Product.FUTURES)
+    result = traded(bars, [[-1], [-1], [-1], [-1]], rules)
+    account = Account(result.trades, result.daily, result.rejected, rules.capital_inr)
+    found = account_figures(account)
+    assert found == pytest.approx({n: result.summary[n] for n in FIGURES}, nan_ok=True)
+    assert found["net_return"] == pytest.approx(result.trades["net_inr"].sum() / 100_000)
+    assert found["net_return"] < -1
+    assert np.isnan([found["sharpe"], found["max_drawdown"]]).all() and found["n_trades"] == 1
+    assert found["benchmark_return"] == pytest.approx(1.5) and found["charges_inr"] > 0
+    idle = traded(bars, [[0]] * 4, rules)
+    pair = side_by_side({"a": result.daily, "b": idle.daily}, {"a": 100_000, "b": 1_000_000})
+    together = result.daily["equity_inr"] + idle.daily["equity_inr"]
+    np.testing.assert_allclose(1_100_000 * (1 + pair["net_return"]).cumprod(), together)
 
 
 def test_what_cannot_be_traded_is_refused():
