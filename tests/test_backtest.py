@@ -104,6 +104,26 @@ def tested():
     return daily, predictions, answer
 
 
+def test_scores_are_traded_alike_in_any_order_clock_and_company(tested):
+    "Rows shuffled, times in UTC, bars of a share nobody spoke of: the same trades."
+    _, predictions, _ = tested
+    bars = {f"S{i}": random_bars(300, seed=i) for i in range(8)}
+    some = predictions[predictions["ts"] < bars["S0"].index[60]]
+    rules, model = Rules(1e6, max_volume_frac=1.0), Model()
+    plain = trade_scores(some, bars, rules, model)
+    assert len(plain.trades) > 20
+    others = {
+        "order": (some.sample(frac=1, random_state=3), bars),
+        "clock": (some.assign(ts=some["ts"].dt.tz_convert("UTC")), bars),
+        "company": (some, bars | {"A": random_bars(300, seed=99)}),
+        "order of the bars": (some, dict(reversed(bars.items()))),
+    }
+    for name, (said, seen) in others.items():
+        found = trade_scores(said, seen, rules, model)
+        pd.testing.assert_frame_equal(found.trades, plain.trades, obj=name)
+        pd.testing.assert_frame_equal(found.daily, plain.daily, obj=name)
+
+
 def gaps(answer):
     "Names of all figures that are None."
     return {

@@ -10,9 +10,10 @@ from datetime import date
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from sensequant.backtest.accounts import FIGURES, Account, account_figures, side_by_side
 from sensequant.backtest.backtester import (
     ACCOUNT_COLUMNS,
     TRADE_COLUMNS,
@@ -31,14 +32,15 @@ from sensequant.trading.grid import (
     Signals,
     build_grid,
     make_signals,
-    market_return,
     part,
     wide_grid,
 )
 from sensequant.trading.kernel import make_book, play
+from sensequant.trading.loop import play_plainly
 from sensequant.trading.portfolio import Action, Execution, Portfolio, apply_action, book, mark
 from sensequant.trading.risk import Rules
 from sensequant.trading.sizing import Sizing, SizingKind
+from sensequant.trading.strategies import Swing, SwingParams, View, decide
 from sensequant.trading.tape import REASONS, REJECTIONS, flat_rates, make_tape, swings
 
 FREE = Slippage(0, 0, 0)
@@ -170,7 +172,11 @@ def both(grid: Grid, signals: Signals, rules: Rules) -> tuple[BacktestResult, Ba
     return fast, plain
 
 
+VANISHED = Shape(8, 5, 8, 1, 0.0, 0.002, 0.0, 0.1, 0.2)  # a price that a ratio rounds
+
+
 @settings(max_examples=150, deadline=None)
+@example(VANISHED, Rules(slippage=FREE, max_exposure_inr=60_000.0, circuit_frac=0.0), 0.0)
 @given(SHAPES, RULES, st.sampled_from([0.0, 0.6, 0.95]))
 def test_engines_agree_on_random_markets(shape, rules, patience):
     grid = random_market(shape)
@@ -466,7 +472,7 @@ def test_splits_and_dividends_leave_the_account_as_it_was():
     assert trade["entry_price_inr"] == pytest.approx(100 / 1.5)
     assert result.daily["equity_inr"].tolist() == [100_000, 100_000, 100_000, 100_302, 100_302]
     assert trade["net_inr"] == 302.0
-    assert market_return(grid) == pytest.approx([0, 0, 0, 3 / 100, 0])
+    assert grid.market == pytest.approx([0, 0, 0, 3 / 100, 0])
 
 
 def test_the_portfolio_takes_actions_as_the_engines_do():
@@ -477,7 +483,66 @@ def test_the_portfolio_takes_actions_as_the_engines_do():
     apply_action(account, "A", Action(1.5, 0.0, 100 / 1.5))
     assert mark(account, {"A": 100 / 1.5}) == pytest.approx(before, abs=0.011)
     apply_action(account, "A", Action(dividend_inr=2.0))
-    assert account.equity_inr == pytest.approx(before + 302, abs=0.011)
+    assert account.equity_inr == pytest.approx(before, abs=0.011)  # what was paid left the price
+    assert mark(account, {"A": 100 / 1.5}) == pytest.approx(before + 302, abs=0.011)
+
+
+def acted(bars: pd.DataFrame, events: list[tuple], rules: Rules) -> BacktestResult:
+    "Both engines on one share that is wanted always, with its actions."
+    columns = {name: bars[[name]].to_numpy() for name in BAR_COLUMNS}
+    grid = wide_grid(["A"], bars.index, columns, np.array(events, EVENT))
+    return both(grid, make_signals(grid, np.ones((len(bars), 1))), rules)[0]
+
+
+def test_a_demerger_moves_stop_and_target_by_what_it_paid():
+    """Bought at 100: stop 95, target 108. The share gives away 40 INR: 55 and 68. A later split
+    of two shares for one makes them 27.50 and 34; only then does a fall to 27 reach the stop."""
+    after, halved = (60, 61, 59, 60), (30, 30.5, 29.5, 30)
+    rules = replace(BARE, stop_frac=0.05, target_frac=0.08)
+    parted = [(2, 0, 1.0, 40.0), (4, 0, 2.0, 0.0)]
+    fall = priced(FLAT_BAR, FLAT_BAR, after, after, halved, (30, 30, 27, 28), (28, 28, 28, 28))
+    trade = acted(fall, parted, rules).trades.iloc[0]
+    assert (trade["reason"], trade["exit_price_inr"]) == ("stop_loss", 27.5)
+    assert trade["exit_ts"] == fall.index[5]
+    # 1,000 shares are meant, fewer are paid; each earns 2 x 27.50 + 40 - 100 INR
+    bought = trade["quantity"] / 2
+    assert trade["gross_inr"] == pytest.approx(-5 * bought)
+    rise = priced(FLAT_BAR, FLAT_BAR, after, after, halved, (30, 35, 30, 34), (34, 34, 34, 34))
+    trade = acted(rise, parted, rules).trades.iloc[0]
+    assert (trade["reason"], trade["exit_price_inr"]) == ("take_profit", 34.0)
+    assert trade["gross_inr"] == pytest.approx(8 * trade["quantity"] / 2)
+    both_at_once = [(2, 0, 2.0, 40.0)]
+    fall = priced(FLAT_BAR, FLAT_BAR, halved, (30, 30, 27, 28), (28, 28, 28, 28))
+    trade = acted(fall, both_at_once, rules).trades.iloc[0]
+    assert (trade["exit_price_inr"], trade["exit_ts"]) == (27.5, fall.index[3])
+
+
+def test_a_short_pays_what_a_demerger_gives():
+    "Sold at 100: stop 105, target 92. The share gives away 40 INR, which the short owes: 65, 52."
+    after = (60, 61, 59, 60)
+    rules = replace(BARE, product=Product.FUTURES, stop_frac=0.05, target_frac=0.08)
+    bars = priced(FLAT_BAR, FLAT_BAR, after, (60, 61, 51, 55), (55, 55, 55, 55))
+    columns = {name: bars[[name]].to_numpy() for name in BAR_COLUMNS}
+    grid = wide_grid(["A"], bars.index, columns, np.array([(2, 0, 1.0, 40.0)], EVENT))
+    trade = both(grid, make_signals(grid, -np.ones((5, 1))), rules)[0].trades.iloc[0]
+    assert (trade["reason"], trade["exit_price_inr"]) == ("take_profit", 52.0)
+    assert trade["gross_inr"] == pytest.approx(8 * trade["quantity"])
+
+
+def test_a_price_that_gave_something_away_is_at_no_limit_and_is_no_swing():
+    "From 100 to a still 60 after 40 INR were paid; as a fall it would be locked and of 51 %."
+    still = (60, 60, 60, 60)
+    bars = priced(FLAT_BAR, FLAT_BAR, still, still, still)
+    rules = replace(BARE, circuit_frac=0.2, sizing=Sizing(n_slots=2))
+    sized = replace(rules, sizing=Sizing(SizingKind.VOLATILITY), volatility_sessions=2)
+    columns = {name: bars[[name]].to_numpy() for name in BAR_COLUMNS}
+    for events, free, swing in (([(2, 0, 1.0, 40.0)], True, 0.0), ([], False, np.log(0.6))):
+        grid = wide_grid(["A"], bars.index, columns, np.array(events, EVENT))
+        want = np.array([[1], [0], [0], [0], [0]])
+        exits = both(grid, make_signals(grid, want), rules)[0].trades["exit_ts"]
+        assert exits.tolist() == [bars.index[2 if free else 3]]
+        assert grid.moves[2, 0] == pytest.approx(swing)
+        assert swings(grid, sized)[3, 0] == pytest.approx(abs(swing) / np.sqrt(2))
 
 
 def test_a_short_exists_in_futures_alone():
@@ -492,6 +557,38 @@ def test_a_short_exists_in_futures_alone():
     assert traded(bars, want, stopped).trades["reason"].tolist() == ["stop_loss"]
     target = replace(rules, target_frac=0.1)
     assert traded(bars, want, target).trades["exit_price_inr"].tolist() == [90.0]
+
+
+def test_what_is_not_sure_at_all_is_not_opened_however_it_is_sized():
+    "Wanted for four days at a confidence of 0, then of 0.9; a 0 afterwards closes nothing."
+    bars = {"A": priced(*[FLAT_BAR, (100, 101, 99, 101)] * 4, FLAT_BAR)}
+    sure = np.r_[np.zeros(4), 0.9, np.zeros(4)][:, None]
+    sizes = [Sizing(kind, n_slots=2) for kind in SizingKind]
+    sizes += [replace(sizing, size_by_confidence=True) for sizing in sizes]
+    for sizing in sizes:
+        rules = replace(BARE, sizing=sizing, volatility_sessions=2)
+        result = traded(bars, np.ones((9, 1)), rules, confidence=sure)
+        assert result.trades["reason"].tolist() == ["backtest_end"]
+        assert result.trades["entry_ts"].tolist() == [bars["A"].index[5]]
+        assert result.rejected.empty
+
+
+def test_bad_news_opens_no_long_that_had_no_chance_before():
+    """A long is wanted from day 3 on, on news of 0. No bar trades on day 4, so it lapses; on news
+    of -0.4 it is not made up for, whatever the account: a fixed sum a position, in both engines."""
+    bars = priced(*[(p, p + 1, p - 1, p) for p in (100, 99, 98, 101, 103, 105, 107, 109)])
+    bars.loc[bars.index[4], "volume"] = 0
+    rule = Swing(SwingParams(fast_sessions=2, slow_sessions=3))
+    rules = replace(BARE, sizing=Sizing(SizingKind.NOTIONAL, notional_inr=20_000.0))
+    entries = {}
+    for late in (0.0, -0.4):
+        mood = np.r_[np.zeros(4), np.full(4, late)]
+        made = decide(rule, View("A", bars, sentiment=mood))
+        assert made.want.tolist() == [0, 0, -1, 1, 1, 1, 1, 1]
+        sure = made.confidence[:, None]
+        result = traded({"A": bars}, made.want[:, None], rules, confidence=sure)
+        entries[late] = result.trades["entry_ts"].tolist()
+    assert entries == {0.0: [bars.index[5]], -0.4: []}
 
 
 def test_the_surest_comes_first_where_cash_or_caps_are_short():
@@ -619,8 +716,10 @@ def test_a_part_of_a_grid_is_traded_like_its_bars_alone_but_for_what_came_before
     rules = replace(BARE, capital_inr=1e6)
     one, two = (both(g, inside, rules)[0] for g in (cut, alone))
     np.testing.assert_array_equal(one.raw_trades, two.raw_trades)
-    assert one.benchmark[0] != two.benchmark[0]
-    np.testing.assert_array_equal(one.benchmark[1:], two.benchmark[1:])
+    assert cut.market[0] != alone.market[0]
+    np.testing.assert_array_equal(cut.market[1:], alone.market[1:])
+    np.testing.assert_array_equal(cut.market, grid.market[4:10])
+    np.testing.assert_array_equal(np.vstack([cut.past, cut.moves]), grid.moves[:10])
 
 
 def test_a_sweep_is_its_backtests_one_by_one():
@@ -655,15 +754,34 @@ def test_no_trade_is_an_account_in_cash():
     assert (result.daily["net_return"] == 0).all() and np.isnan(result.summary["win_rate"])
 
 
+def test_an_account_that_lost_everything_has_figures_still():
+    "Sold short at 100, the next day opens at 250: more is owed than was there."
+    bars = {"A": priced(FLAT_BAR, FLAT_BAR, (250, 251, 249, 250), (250, 251, 249, 250))}
+    rules = replace(BARE, product=Product.FUTURES)
+    result = traded(bars, [[-1], [-1], [-1], [-1]], rules)
+    account = Account(result.trades, result.daily, result.rejected, rules.capital_inr)
+    found = account_figures(account)
+    assert found == pytest.approx({n: result.summary[n] for n in FIGURES}, nan_ok=True)
+    assert found["net_return"] == pytest.approx(result.trades["net_inr"].sum() / 100_000)
+    assert found["net_return"] < -1
+    assert np.isnan([found["sharpe"], found["max_drawdown"]]).all() and found["n_trades"] == 1
+    assert found["benchmark_return"] == pytest.approx(1.5) and found["charges_inr"] > 0
+    idle = traded(bars, [[0]] * 4, rules)
+    pair = side_by_side({"a": result.daily, "b": idle.daily}, {"a": 100_000, "b": 1_000_000})
+    together = result.daily["equity_inr"] + idle.daily["equity_inr"]
+    np.testing.assert_allclose(1_100_000 * (1 + pair["net_return"]).cumprod(), together)
+
+
 def test_what_cannot_be_traded_is_refused():
     grid = build_grid({"A": random_bars(30)})
     deep = build_grid({"A": random_bars(30).assign(volume=10**12)})
     tape = make_tape(deep, make_signals(deep, np.ones((30, 1))), BARE)
     with expect_fail(DataError, "the grid's shape"):
         make_tape(grid, Signals(np.zeros((3, 1), np.int8), np.zeros((3, 1))), BARE)
-    with expect_fail(DataError, "at most 1e9 INR"):
-        rich = tape.rules._replace(capital=10**13)
-        play(tape._replace(rules=rich, rates=flat_rates(grid, 0.0)))
+    rich = tape.rules._replace(capital=10**13)
+    for engine in (play, play_plainly):
+        with expect_fail(DataError, "at most 1e9 INR"):
+            engine(tape._replace(rules=rich, rates=flat_rates(grid, 0.0)))
     assert len(make_book(tape, 7).trades) == 7
 
 
@@ -676,6 +794,54 @@ def test_volatility_is_measured_in_shares_of_one_size():
     grid = wide_grid(["A"], bars.index, columns, np.array([(40, 0, 2.0, 0.0)], EVENT))
     rules = Rules(sizing=Sizing(SizingKind.VOLATILITY))
     np.testing.assert_allclose(swings(grid, rules), swings(build_grid({"A": bars}), rules))
+
+
+@pytest.mark.parametrize("each", [1, 6])
+def test_a_part_is_sized_by_the_swings_before_it(each):
+    "No warm-up is lost: the first bar of a part is sized as it is in the whole."
+    sized = Sizing(SizingKind.VOLATILITY, volatility_target_frac=1e-3)
+    rules = replace(BARE, capital_inr=1e6, sizing=sized)
+    for split in (0.1, 0.0):
+        grid = random_market(Shape(4, 3, 40, each, 0.1, 0.01, 0.0, 0.0, split))
+        cut, rows = part(grid, grid.days[30], grid.days[36])
+        np.testing.assert_array_equal(swings(cut, rules), swings(grid, rules)[30:38])
+        assert np.isfinite(swings(cut, rules)).all()
+        again, _ = part(cut, grid.days[33])
+        np.testing.assert_array_equal(swings(again, rules), swings(grid, rules)[33:38])
+    want = np.zeros(grid.shape)
+    want[rows] = 1
+    whole = both(grid, make_signals(grid, want), rules)[0]
+    mine = both(cut, make_signals(cut, want[rows]), rules)[0]
+    keys = ["symbol", "entry_ts", "entry_price_inr"]
+    bought = [run.trades.groupby(keys)["quantity"].sum() for run in (whole, mine)]
+    assert len(bought[0]) == 3 and bought[0].min() > 10
+    pd.testing.assert_series_equal(*bought)
+
+
+def test_dearer_costs_never_earn_more():
+    "The same fills at a fixed sum a position: each rise of a fee or of slippage is a loss."
+    market = simulate(MarketSpec(6, date(2024, 1, 1), date(2024, 12, 31), seed=5))
+    grid = build_grid({symbol: market.bars(symbol) for symbol in market.symbols})
+    close = pd.DataFrame(grid.close)
+    want = (close.rolling(5).mean() > close.rolling(20).mean()).to_numpy()
+    sized = Sizing(SizingKind.NOTIONAL, notional_inr=20_000.0)
+    rules = Rules(1e6, sized, slippage=FREE)
+    fees = [0.0, 0.0005, 0.001, 0.01]
+    runs = [both_of(grid, want, rules, flat_rates(grid, fee)) for fee in fees]
+    slips = [FREE, Slippage(0, 5, 0), Slippage(0, 5, 140), Slippage(20, 5, 140)]
+    runs += [both_of(grid, want, replace(rules, slippage=s), None) for s in slips]
+    for some in (runs[:4], runs[4:]):
+        assert len({len(run.trades) for run in some}) == 1 and len(some[0].trades) > 30
+        net = [run.summary["net_return"] for run in some]
+        assert net == sorted(net, reverse=True) and len(set(net)) == 4, net
+
+
+def both_of(grid: Grid, want: np.ndarray, rules: Rules, rates: np.ndarray | None) -> BacktestResult:
+    "The compiled engine by a schedule of its own, checked by the plain one."
+    signals = make_signals(grid, want)
+    fast, plain = (run_backtest(grid, signals, rules, e, rates) for e in ("kernel", "loop"))
+    np.testing.assert_array_equal(fast.raw_trades, plain.raw_trades)
+    return fast
 
 
 def test_the_table_of_trades_grows_where_exits_come_in_parts():

@@ -127,7 +127,8 @@ def test_news_takes_wishes_away_and_never_makes_or_turns_one(wish, data):
         assert left[i] == (now if allowed else 0)
     np.testing.assert_array_equal(gated(-want, -mood, gate), -left)
     sure = boosted(left, np.full(len(wish), 0.9), mood, gate)
-    assert set(np.unique(sure)) <= {0.9, 1.0}
+    assert set(np.unique(sure)) <= {0.0, 0.9, 1.0}
+    np.testing.assert_array_equal(sure == 0, left * mood < -gate.sentiment_block)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=50))

@@ -19,8 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from .backtester import BacktestResult, run_backtest
-from .metrics import SESSIONS_A_YEAR, max_drawdown, sharpe
+from .backtester import BacktestResult, run_backtest, summarise
 from ..core.artifacts import parquet_bytes, write_together
 from ..core.errors import DataError
 from ..core.events import json_bytes
@@ -144,25 +143,29 @@ def trade_scores(
 
 # %% ../../nbs/6_backtest/68_accounts.ipynb #a6ae4b83
 _SUMS = ("equity_inr", "charges_inr", "slippage_inr", "n_held", "n_trades")
-_OF_BEFORE = ("net_return", "gross_return", "turnover", "cost")
 
 
 def side_by_side(
     dailies: Mapping[str, pd.DataFrame],  # `ACCOUNT_COLUMNS` by session, the same ones, by book
     capital: Mapping[str, float],  # INR each began with
-) -> pd.DataFrame:  # `ACCOUNT_COLUMNS` by session
+) -> pd.DataFrame:  # `ACCOUNT_COLUMNS` by session; no turnover and exposure from a book's ruin on
     "The account that holds all books."
     frames = list(dailies.values())
     if any(not d.index.equals(frames[0].index) for d in frames):
         raise DataError("books must have the same sessions", [len(d) for d in frames], "account")
-    after = {b: d["equity_inr"] for b, d in dailies.items()}
-    before = {b: equity.shift(1, fill_value=capital[b]) for b, equity in after.items()}
     total = frames[0].copy()
     for name in _SUMS:
         total[name] = sum(d[name] for d in frames)
-    for name in (*_OF_BEFORE, "exposure"):
-        weights = after if name == "exposure" else before
-        total[name] = sum(d[name] * weights[b] for b, d in dailies.items()) / sum(weights.values())
+    after = {b: d["equity_inr"] for b, d in dailies.items()}
+    before = {b: equity.shift(1, fill_value=capital[b]) for b, equity in after.items()}
+    began = total["equity_inr"].shift(1, fill_value=sum(capital.values()))
+    base = began.where(began.cummin() > 0)
+    total["net_return"] = (total["equity_inr"] - began) / base
+    total["cost"] = (total["charges_inr"] + total["slippage_inr"]) / base
+    total["gross_return"] = total["net_return"] + total["cost"]
+    total["turnover"] = sum(d["turnover"] * before[b] for b, d in dailies.items()) / base
+    held = sum(d["exposure"] * after[b] for b, d in dailies.items())
+    total["exposure"] = held / total["equity_inr"].where(total["equity_inr"] > 0)
     return total
 
 # %% ../../nbs/6_backtest/68_accounts.ipynb #1860f582
@@ -173,6 +176,7 @@ class Account:
     trades: pd.DataFrame  # `TRADE_COLUMNS` in the order of the exits
     daily: pd.DataFrame  # `ACCOUNT_COLUMNS` by session, 00:00 IST
     rejected: pd.DataFrame  # strategy, symbol, reason, orders and shares that could not be bought
+    capital_inr: float  # at the start
 
 
 def run_books(
@@ -189,7 +193,8 @@ def run_books(
     parts = [result.trades for result in made.values()]
     trades = pd.concat([part for part in parts if len(part)] or parts[:1])
     lost = pd.concat([r.rejected.assign(strategy=b) for b, r in made.items()], ignore_index=True)
-    return Account(trades.sort_values("exit_ts", kind="stable", ignore_index=True), daily, lost)
+    done = trades.sort_values("exit_ts", kind="stable", ignore_index=True)
+    return Account(done, daily, lost, sum(capital.values()))
 
 # %% ../../nbs/6_backtest/68_accounts.ipynb #e77151f0
 def _measured(strategy: Strategy, view: View, moments: pd.DatetimeIndex) -> list[str]:
@@ -236,19 +241,8 @@ def account_figures(
     account: Account,
 ) -> dict[str, float]:  # `FIGURES`, fractions; NaN where there is nothing to measure
     "An account in a few numbers."
-    daily, trades = account.daily, account.trades
-    net, market = daily["net_return"].fillna(0.0), daily["benchmark_return"].dropna()
-    values = (
-        (1 + net).prod() - 1,
-        sharpe(net, SESSIONS_A_YEAR),
-        max_drawdown(net),
-        len(trades),
-        (trades["net_inr"] > 0).mean() if len(trades) else np.nan,
-        daily["charges_inr"].sum(),
-        daily["turnover"].mean(),
-        (1 + market).prod() - 1 if len(market) else np.nan,
-    )
-    return {name: float(value) for name, value in zip(FIGURES, values, strict=True)}
+    found = summarise(account.trades, account.daily, account.capital_inr)
+    return {name: float(found[name]) for name in FIGURES}
 
 
 def account_table(

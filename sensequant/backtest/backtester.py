@@ -19,7 +19,7 @@ from ..core.errors import DataError, SettingsError
 from ..core.types import IST, Direction, require_columns
 from ..market.costs import to_paise
 from ..market.simulator import YEAR
-from ..trading.grid import Grid, Signals, market_return
+from ..trading.grid import Grid, Signals
 from ..trading.kernel import play
 from ..trading.loop import play_plainly
 from ..trading.risk import Rules
@@ -80,7 +80,6 @@ class BacktestResult:
     raw_trades: np.ndarray  # `trading.tape.TRADE`, paise
     raw_days: np.ndarray  # (n_sessions,) `trading.tape.DAY`, paise
     raw_rejected: np.ndarray  # (n_symbols, len(REJECTIONS), 2) orders and shares
-    benchmark: np.ndarray  # (n_sessions,) from `market_return`
 
     def __repr__(self) -> str:
         gained = self.raw_days["equity"][-1] / 100 / self.rules.capital_inr - 1
@@ -111,7 +110,7 @@ class BacktestResult:
     @cached_property
     def summary(self) -> dict[str, float]:
         "The whole in a few numbers."
-        return summarise(self)
+        return summarise(self.trades, self.daily, self.rules.capital_inr)
 
 # %% ../../nbs/6_backtest/61_backtester.ipynb #6d6c1c03
 def _trade_table(result: BacktestResult) -> pd.DataFrame:
@@ -152,7 +151,7 @@ def _daily_table(result: BacktestResult) -> pd.DataFrame:
         "equity_inr": raw["equity"] / 100,
         "net_return": net,
         "gross_return": net + cost,
-        "benchmark_return": result.benchmark,
+        "benchmark_return": result.grid.market,
         "exposure": raw["exposure"] / np.where(raw["equity"] > 0, raw["equity"], np.nan),
         "turnover": raw["traded"] / base,
         "cost": cost,
@@ -164,38 +163,34 @@ def _daily_table(result: BacktestResult) -> pd.DataFrame:
     return pd.DataFrame(columns, result.grid.days)
 
 # %% ../../nbs/6_backtest/61_backtester.ipynb #4e67c234
-def summarise(result: BacktestResult) -> dict[str, float]:
-    "Figures of the whole range; those of trades are NaN where there was none."
-    raw, daily = result.raw_trades, result.daily
-    net = (raw["gross"] - raw["charges"] - raw["slippage"]) / 100
+def summarise(
+    trades: pd.DataFrame,  # `TRADE_COLUMNS`
+    daily: pd.DataFrame,  # `ACCOUNT_COLUMNS` by session
+    capital: float,  # INR at the start
+) -> dict[str, float]:
+    "Figures of the whole range; NaN where there is nothing to measure, or no account any more."
+    net, returns, alive = trades["net_inr"], daily["net_return"], (daily["equity_inr"] > 0).all()
     won, lost = net[net > 0].sum(), -net[net < 0].sum()
-    returns, whole = daily["net_return"], len(daily) > 0 and daily["net_return"].notna().all()
+    equity, market = daily["equity_inr"].iloc[-1], daily["benchmark_return"].dropna()
     return {
         "n_sessions": len(daily),
-        "n_trades": len(raw),
-        "capital_inr": result.rules.capital_inr,
-        "equity_inr": float(daily["equity_inr"].iloc[-1]),
+        "n_trades": len(trades),
+        "capital_inr": capital,
+        "equity_inr": float(equity),
         "net_inr": float(net.sum()),
-        "net_return": float(daily["equity_inr"].iloc[-1] / result.rules.capital_inr - 1),
-        "benchmark_return": float(np.prod(1 + daily["benchmark_return"]) - 1),
-        "sharpe": sharpe(returns, YEAR) if whole else np.nan,
-        "sortino": sortino(returns, periods=YEAR) if whole else np.nan,
-        "max_drawdown": max_drawdown(returns) if whole and returns.min() > -1 else np.nan,
+        "net_return": float(equity / capital - 1),
+        "benchmark_return": float((1 + market).prod() - 1) if len(market) else np.nan,
+        "sharpe": sharpe(returns, YEAR) if alive else np.nan,
+        "sortino": sortino(returns, periods=YEAR) if alive else np.nan,
+        "max_drawdown": max_drawdown(returns) if alive else np.nan,
         "win_rate": float((net > 0).mean()) if len(net) else np.nan,
         "profit_factor": float(won / lost) if lost else np.nan,
-        "mean_holding_sessions": _mean_holding(result),
+        "mean_holding_sessions": float(trades["holding_sessions"].mean()),
         "exposure": float(daily["exposure"].mean()),
         "turnover": float(daily["turnover"].mean()),
         "charges_inr": float(daily["charges_inr"].sum()),
         "slippage_inr": float(daily["slippage_inr"].sum()),
     }
-
-# %% ../../nbs/6_backtest/61_backtester.ipynb #d7b13340
-def _mean_holding(result: BacktestResult) -> float:
-    "Sessions a trade lasted, NaN without a trade."
-    session, raw = result.grid.session, result.raw_trades
-    lasted = session[raw["exit_row"]] - session[raw["entry_row"]]
-    return float(lasted.mean()) if len(raw) else np.nan
 
 # %% ../../nbs/6_backtest/61_backtester.ipynb #6afbd784
 def run_backtest(
@@ -209,7 +204,7 @@ def run_backtest(
     if engine not in ("kernel", "loop"):
         raise SettingsError("engine must be kernel or loop", engine, "backtest")
     tape = make_tape(grid, signals, rules, rates)
-    return _result(grid, signals, rules, _played(tape, engine), market_return(grid))
+    return _result(grid, signals, rules, _played(tape, engine))
 
 
 def _played(tape: Tape, engine: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -220,12 +215,9 @@ def _played(tape: Tape, engine: str) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return book.trades, book.days, book.rejected
 
 
-def _result(
-    grid: Grid, signals: Signals, rules: Rules, done: tuple, benchmark: np.ndarray
-) -> BacktestResult:
+def _result(grid: Grid, signals: Signals, rules: Rules, done: tuple) -> BacktestResult:
     "What an engine wrote, with what it is to be read by."
-    trades, days, rejected = done
-    return BacktestResult(grid, rules, signals.strategy, trades, days, rejected, benchmark)
+    return BacktestResult(grid, rules, signals.strategy, *done)
 
 # %% ../../nbs/6_backtest/61_backtester.ipynb #af8351d0
 def sweep(
@@ -234,7 +226,7 @@ def sweep(
     rates: np.ndarray | None = None,  # charges; None for NSE's by each trial's plan
 ) -> Iterator[BacktestResult]:  # one a trial, in their order
     "Trade many signals and rules on one grid; what they share is prepared once."
-    tapes, benchmark = dict[tuple, Tape](), market_return(grid)
+    tapes = dict[tuple, Tape]()
     for signals, rules in trials:
         sizing = rules.sizing.sizing == SizingKind.VOLATILITY, rules.volatility_sessions
         key = rules.circuit_frac, rules.plan, rules.product, *sizing
@@ -242,4 +234,4 @@ def sweep(
             tapes[key] = make_tape(grid, signals, rules, rates)
         numbers = numbers_of(rules, len(grid.symbols))
         tape = with_signals(tapes[key], signals)._replace(rules=numbers)
-        yield _result(grid, signals, rules, _played(tape, "kernel"), benchmark)
+        yield _result(grid, signals, rules, _played(tape, "kernel"))

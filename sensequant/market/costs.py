@@ -314,14 +314,6 @@ class Slippage:
         "As `slipped_price` takes them."
         return self.slippage_fixed_bps, self.slippage_spread_bps, self.slippage_impact_bps
 
-    def price(self, price_inr: float, side: Side, quantity: float, volume: float) -> float:
-        "Price a share, INR, for `quantity` out of a bar of `volume` shares."
-        if quantity < 0 or not volume > 0:
-            must = "slippage needs a quantity of at least 0 and a volume above 0"
-            raise DataError(must, f"{quantity} of {volume} shares", "slippage")
-        sign = 1 if side is Side.BUY else -1
-        return slipped_price(price_inr, sign, quantity / volume, self.numbers)
-
 # %% ../../nbs/1_market/12_costs.ipynb #b4c0c3e3
 def slippage_of(
     settings: CostSettings,  # or all settings

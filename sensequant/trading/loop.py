@@ -36,6 +36,7 @@ from sensequant.trading.tape import (
     VOLUME,
     Exit,
     Tape,
+    checked,
 )
 
 # %% ../../nbs/4_trading/49_loop.ipynb #a72fa26c
@@ -198,7 +199,8 @@ def _exchange(loop: Loop, t: int, s: int, ratio: float, dividend: float) -> None
         _vanish(loop, t, s, cost, price * ratio)
         return
     position.quantity, position.price = sign * whole, position.price / ratio
-    loop.stop[s], loop.target[s] = loop.stop[s] / ratio, loop.target[s] / ratio
+    loop.stop[s] = (loop.stop[s] - dividend) / ratio
+    loop.target[s] = (loop.target[s] - dividend) / ratio
 
 # %% ../../nbs/4_trading/49_loop.ipynb #ce08c230
 def _vanish(loop: Loop, t: int, s: int, cost: int, price: float) -> None:
@@ -392,8 +394,7 @@ def _swing(loop: Loop, t: int, s: int) -> float:
     if len(tape.swing) == 1:
         return math.nan
     over = t + 1 == len(tape.session) or tape.session[t + 1] != session
-    row = session if over else session - 1
-    return float(tape.swing[row, s]) if row >= 0 else math.nan
+    return float(tape.swing[session + 1 if over else session, s])
 
 # %% ../../nbs/4_trading/49_loop.ipynb #a30aedb0
 def _size(loop: Loop, t: int, wishes: np.ndarray, symbols: list[int]) -> None:
@@ -405,7 +406,7 @@ def _size(loop: Loop, t: int, wishes: np.ndarray, symbols: list[int]) -> None:
     for s in sorted(symbols, key=lambda s: (-tape.confidence[t, s], s)):
         sure, price = float(tape.confidence[t, s]), float(tape.close[t, s])
         wanted = position_inr(rules.sizing, equity / 100, sure, _swing(loop, t, s))
-        allowed = allowed_inr(wanted, committed, 0.0, rules.max_exposure, rules.max_symbol)
+        allowed = allowed_inr(wanted, committed, rules.max_exposure, rules.max_symbol)
         shares = whole_shares(allowed, price, rules.lot)
         cut = whole_shares(wanted, price, rules.lot) - shares
         if cut > 0:
@@ -426,7 +427,8 @@ def _decide(loop: Loop, t: int) -> None:
     loop.blocked[free & (wishes != loop.blocked)] = 0
     late = 0 <= rules.square_off <= minute or 0 <= rules.last_entry <= minute
     if loop.state == RiskState.ACTIVE and not late:
-        new = np.flatnonzero(free & (wishes != 0) & (loop.blocked == 0)).tolist()
+        sure = tape.confidence[t] > 0
+        new = np.flatnonzero(free & (wishes != 0) & (loop.blocked == 0) & sure).tolist()
         if new:
             _size(loop, t, wishes, new)
 
@@ -458,4 +460,4 @@ def play_plainly(
         if t + 1 < len(tape.session):
             _decide(loop, t)
     _end(loop)
-    return np.array(loop.trades, TRADE), loop.days, loop.rejected
+    return checked(np.array(loop.trades, TRADE)), loop.days, loop.rejected

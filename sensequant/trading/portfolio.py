@@ -40,8 +40,6 @@ class Holding:
     day: date  # the newest on which something was opened
     day_quantity: int = 0  # opened on that day and still there, >= 0
     day_cost_paise: int = 0  # its value at entry
-    stop_inr: float = math.nan  # leave at a loss here; NaN for none
-    target_inr: float = math.nan  # leave with a gain here; NaN for none
 
     @property
     def sign(self) -> int:
@@ -324,18 +322,17 @@ def _exchanged(held: Holding, action: Action) -> tuple[Holding, int, int]:
     exact = abs(held.quantity) * action.ratio
     whole = math.floor(exact + 1e-9)
     fraction = max(exact - whole, 0.0) if abs(exact - whole) > 1e-9 else 0.0
-    price = action.price_inr if action.price_inr > 0 else held.mark_inr / action.ratio
+    mark = max(0.0, held.mark_inr - action.dividend_inr) / action.ratio
+    price = action.price_inr if action.price_inr > 0 else mark
     paid = to_paise(fraction * price) * held.sign
     cost = to_paise(held.cost_paise * fraction / exact / 100)
     left = replace(
         held,
         quantity=whole * held.sign,
         cost_paise=held.cost_paise - cost,
-        mark_inr=held.mark_inr / action.ratio,
+        mark_inr=mark,
         day_quantity=0,  # an action opens the day, before any trade
         day_cost_paise=0,
-        stop_inr=held.stop_inr / action.ratio,
-        target_inr=held.target_inr / action.ratio,
     )
     return left, paid, paid - cost * held.sign
 

@@ -45,9 +45,8 @@ def next_state(
 # %% ../../nbs/4_trading/42_risk.ipynb #5dae007b
 @register_jitable
 def allowed_inr(
-    wanted: float,  # size of a new position, INR
+    wanted: float,  # size of a new position in a symbol that is not held, INR
     held: float,  # exposure of the whole account, INR
-    held_symbol: float,  # exposure in this symbol, INR
     most: float,  # cap of the account, INR; 0 for none
     most_symbol: float,  # cap of a symbol, INR; 0 for none
 ) -> float:  # INR, >= 0
@@ -55,7 +54,7 @@ def allowed_inr(
     if most > 0:
         wanted = min(wanted, most - held)
     if most_symbol > 0:
-        wanted = min(wanted, most_symbol - held_symbol)
+        wanted = min(wanted, most_symbol)
     return max(0.0, wanted)
 
 # %% ../../nbs/4_trading/42_risk.ipynb #0d55dfb0

@@ -114,22 +114,21 @@ def whole_shares(
 
 # %% ../../nbs/4_trading/41_sizing.ipynb #eac45aad
 def daily_volatility(
-    closes: np.ndarray,  # (n_sessions,) or (n_sessions, n_symbols) INR; NaN without a bar
+    moves: np.ndarray,  # (n_sessions,) or (n_sessions, n_symbols) log returns; NaN without a bar
     sessions: int = 20,  # returns looked at, >= 2: a trading month
 ) -> np.ndarray:  # the same shape; NaN until enough returns are known
-    "Standard deviation of the last daily returns; a session without a close is passed over."
+    "Standard deviation of the last daily returns; a session without one is passed over."
     if sessions < 2:
         raise DataError("volatility needs at least 2 returns", sessions, "daily_volatility")
-    table = np.asarray(closes, dtype=float)
+    table = np.asarray(moves, dtype=float)
     wide = table.reshape(len(table), -1)
     made = np.full(wide.shape, np.nan)
     for k in range(wide.shape[1]):
         held = np.flatnonzero(np.isfinite(wide[:, k]))
-        returns = np.diff(np.log(wide[held, k]))
-        if len(returns) < sessions:
+        if len(held) < sessions:
             continue
-        windows = np.lib.stride_tricks.sliding_window_view(returns, sessions)
-        made[held[sessions:], k] = windows.std(axis=1, ddof=1)
+        windows = np.lib.stride_tricks.sliding_window_view(wide[held, k], sessions)
+        made[held[sessions - 1 :], k] = windows.std(axis=1, ddof=1)
         made[:, k] = _kept(made[:, k])
     return made.reshape(table.shape)
 

@@ -6,9 +6,9 @@ earlier ones."""
 # %% auto #0
 __all__ = ['Params', 'Measures', 'NO_LIMITS', 'RULES', 'Books', 'View', 'SwingParams', 'IntradayParams', 'ModelParams',
            'check_params', 'param_table', 'params_from', 'unknown_name', 'parse_params', 'latched', 'session_closes',
-           'sma', 'cross_wish', 'gap_spread', 'SentimentGate', 'gated', 'boosted', 'Strategy', 'Swing', 'Decision',
-           'decide', 'Clock', 'clock_for', 'minute_of_day', 'short_session', 'Intraday', 'Model', 'lay_scores',
-           'ask_scorer', 'signal', 'make_strategies', 'tuned']
+           'sma', 'cross_wish', 'gap_spread', 'SentimentGate', 'opposed', 'gated', 'boosted', 'Strategy', 'Swing',
+           'Decision', 'decide', 'Clock', 'clock_for', 'minute_of_day', 'short_session', 'Intraday', 'Model',
+           'lay_scores', 'signal', 'make_strategies', 'tuned']
 
 # %% ../../nbs/4_trading/43_strategies.ipynb #a9cc83da
 from collections.abc import Sequence
@@ -28,7 +28,6 @@ from sensequant.core.types import (
     IST,
     Direction,
     Interval,
-    Scorer,
     Signal,
     require_columns,
 )
@@ -275,13 +274,22 @@ class SentimentGate:
     sentiment_boost_times: float = 1.2
 
 
+def opposed(
+    want: np.ndarray,  # (n_bars,) int8, -1 to 1
+    sentiment: np.ndarray,  # (n_bars,) in [-1, 1], NaN where nothing was said
+    gate: SentimentGate,
+) -> np.ndarray:  # (n_bars,) bool
+    "Where news forbids to open what is wanted."
+    return want * sentiment < -gate.sentiment_block
+
+
 def gated(
     want: np.ndarray,  # (n_bars,) int8, -1 to 1
     sentiment: np.ndarray,  # (n_bars,) in [-1, 1], NaN where nothing was said
     gate: SentimentGate,
 ) -> np.ndarray:  # (n_bars,) int8
     "The wish without beginnings that sentiment forbids."
-    at, against = np.arange(len(want)), want * sentiment < -gate.sentiment_block
+    at, against = np.arange(len(want)), opposed(want, sentiment, gate)
     begun = np.maximum.accumulate(np.where(np.diff(want, prepend=np.int8(9)) != 0, at, 0))
     allowed = np.maximum.accumulate(np.where(against, -1, at)) >= begun
     return np.where(allowed, want, np.int8(0)).astype(np.int8)
@@ -293,9 +301,10 @@ def boosted(
     sentiment: np.ndarray,  # (n_bars,) in [-1, 1], NaN where nothing was said
     gate: SentimentGate,
 ) -> np.ndarray:  # (n_bars,) in [0, 1]
-    "Confidence, higher where sentiment agrees with the wish."
+    "Confidence, higher where sentiment agrees with the wish, and 0 where it forbids to open it."
     agrees = want * sentiment > gate.sentiment_boost_from
-    return np.where(agrees, np.minimum(1.0, confidence * gate.sentiment_boost_times), confidence)
+    more = np.where(agrees, np.minimum(1.0, confidence * gate.sentiment_boost_times), confidence)
+    return np.where(opposed(want, sentiment, gate), 0.0, more)
 
 # %% ../../nbs/4_trading/43_strategies.ipynb #6c07c98f
 Measures = dict[str, np.ndarray]  # (n_bars,) each, by name
@@ -383,7 +392,7 @@ class Decision:
     "What is wanted after each bar of one symbol."
 
     want: np.ndarray  # (n_bars,) int8: 1 long, 0 flat, -1 leave and stay out
-    confidence: np.ndarray  # (n_bars,) in [0, 1], 0 where nothing is wanted
+    confidence: np.ndarray  # (n_bars,) in [0, 1], 0 where nothing is wanted or may be opened
 
 
 def _sentiment_of(view: View) -> np.ndarray:
@@ -570,14 +579,6 @@ def lay_scores(
     scores[at] = predictions["score"]
     return scores
 
-
-def ask_scorer(
-    scorer: Scorer,
-    features: pd.DataFrame,  # columns it reads, by the `ts` of the bars
-) -> np.ndarray:  # (n_bars,), NaN where a feature is missing
-    "What a trained model says of each bar."
-    return scorer.score(features[list(scorer.features)])["score"].reindex(features.index).to_numpy()
-
 # %% ../../nbs/4_trading/43_strategies.ipynb #c433e0ab
 _DIRECTIONS = {1: Direction.LONG, 0: Direction.NOOP, -1: Direction.SHORT}
 
@@ -587,6 +588,8 @@ def _mood(strategy: Strategy, wished: int, want: int, sentiment: float) -> str:
     gate = strategy.gate
     if want != wished:
         return f"; sentiment {sentiment:+.2f} forbids it"
+    if want * sentiment < -gate.sentiment_block:
+        return f"; sentiment {sentiment:+.2f} opens nothing new"
     if want * sentiment > gate.sentiment_boost_from:
         return f"; sentiment {sentiment:+.2f} agrees"
     return ""

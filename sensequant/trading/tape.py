@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REASONS', 'REVERSAL', 'FLAT', 'STOP', 'TARGET', 'TIME', 'SQUARE_OFF', 'HALT', 'END', 'REJECTIONS', 'NO_MARKET',
            'LATE', 'HALTED', 'CAPS', 'CASH', 'VOLUME', 'SIZE', 'KEPT', 'WITHIN', 'TRADE', 'DAY', 'Exit', 'rates_of',
-           'flat_rates', 'Numbers', 'numbers_of', 'Tape', 'swings', 'make_tape', 'with_signals']
+           'flat_rates', 'Numbers', 'numbers_of', 'Tape', 'swings', 'make_tape', 'with_signals', 'checked']
 
 # %% ../../nbs/4_trading/45_tape.ipynb #cfd332ac
 from typing import NamedTuple
@@ -135,7 +135,7 @@ class Tape(NamedTuple):
     events: np.ndarray  # `EVENT` by row
     want: np.ndarray  # (n_bars, n_symbols) int8
     confidence: np.ndarray  # (n_bars, n_symbols)
-    swing: np.ndarray  # (n_sessions, n_symbols) daily volatility, known after the session
+    swing: np.ndarray  # (n_sessions + 1, n_symbols) daily volatility as known before each session
     rates: np.ndarray  # int64 (n_sessions, 2, 2, 10)
     rules: Numbers
 
@@ -143,16 +143,13 @@ class Tape(NamedTuple):
 def swings(
     grid: Grid,
     rules: Rules,
-) -> np.ndarray:  # (n_sessions, n_symbols); (1, 1) where no size asks for it
-    "Daily volatility of each symbol after each session, measured in shares of one size."
+) -> np.ndarray:  # (n_sessions + 1, n_symbols); (1, 1) where no size asks for it
+    "Daily volatility of each symbol before each session, and after the last."
     if rules.sizing.sizing != SizingKind.VOLATILITY:
         return np.zeros((1, 1))
-    closes = np.full((len(grid.days), len(grid.symbols)), np.nan)
-    rows, columns = np.nonzero(~np.isnan(grid.close))
-    closes[grid.session[rows], columns] = grid.close[rows, columns]
-    for event in grid.events:
-        closes[grid.session[event["row"]] :, event["column"]] *= event["ratio"]
-    return daily_volatility(closes, rules.volatility_sessions)
+    moves = np.vstack([grid.past, grid.moves])
+    known = daily_volatility(moves, rules.volatility_sessions)
+    return np.vstack([np.full_like(known[:1], np.nan), known])[len(grid.past) :]
 
 # %% ../../nbs/4_trading/45_tape.ipynb #b1942326
 def make_tape(
@@ -212,3 +209,14 @@ DAY = np.dtype(
         ("trades", np.int64),  # closed
     ]
 )
+
+# %% ../../nbs/4_trading/45_tape.ipynb #8db73ff2
+def checked(
+    trades: np.ndarray,  # `TRADE`
+) -> np.ndarray:  # the same
+    "Refuse a result in which an amount is larger than the charges can count."
+    most = int(trades["cost"].max(initial=0))
+    if most > 10**11:
+        fix = "Start with less capital, or spread it over more symbols"
+        raise DataError("a position may cost at most 1e9 INR", f"{most / 100:,.0f}", "trades", fix)
+    return trades
