@@ -239,7 +239,8 @@ def test_rules_other_than_the_row_declares_are_a_switch_too(ledger):
 
 
 def test_the_other_scope_of_a_run_and_trials_that_declare_nothing_are_no_switch(ledger):
-    record(ledger, made(5), config={"statistic": "rank_ic", "scope": "pooled"})
+    for beside in (made(5), SKILL):
+        record(ledger, beside, config={"statistic": "rank_ic", "scope": "pooled"})
     record(ledger, run_id="sweep", source="optimizer", config={"k": 1})
     n = record(ledger, config={"statistic": "alpha", "scope": "symbol"})
     told = verdict(ledger, trial=n)
