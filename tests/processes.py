@@ -1,8 +1,27 @@
 """Looking after processes that tests start. Imports little: workers import it with their items."""
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import psutil
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code, *arguments):
+    "A real process that runs `code`."
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, **pipes)
+
+
+def results(processes):
+    "The words that they printed; every one must end well."
+    told = [p.communicate(timeout=120) for p in processes]
+    assert [p.returncode for p in processes] == [0] * len(processes), told
+    return [out.split() for out, _ in told]
 
 
 def alive(pids):

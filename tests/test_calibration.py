@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from judges import rank_ic_judge
 from scipy.stats import binom, binomtest
 from statsmodels.stats.proportion import proportion_confint
 
@@ -28,7 +29,6 @@ from sensequant.backtest.calibration import (
     date_rows,
     make_market,
     naive_gate,
-    rank_ic_judge,
     rebuilt_bars,
     replicate,
 )
@@ -51,6 +51,7 @@ from sensequant.govern.certificate import (
     read_campaign,
     upper_bound,
 )
+from sensequant.govern.judgement import judged
 from sensequant.learn.tables import Recipe, WindowSpec
 from sensequant.learn.teacher import TeacherSpec
 from sensequant.market.simulator import MarketSpec, simulate
@@ -66,7 +67,7 @@ EMPTY = replace(TINY, market="null", signal_ic=0.0)
 @pytest.fixture(scope="module")
 def bound():
     "What the campaigns of these tests hold for."
-    return bind(load_settings())
+    return bind(load_settings(), rank_ic_judge)
 
 
 def untimed(answer):
@@ -191,7 +192,7 @@ def test_labels_of_another_time_hide_a_signal_that_is_there(tmp_path):
         folder=folder,
         holdout_sessions=20,
     )
-    found = [replicate(plan, seed) for seed in range(3)]
+    found = [replicate(plan, seed, rank_ic_judge) for seed in range(3)]
     assert len({make_market(plan, seed).shift for seed in range(3)}) == 3
     assert max(abs(a.rank_ic_t) for a in found) < 3.3
 
@@ -213,9 +214,9 @@ def test_mirrored_bars_hold_no_signal_and_bars_in_long_blocks_hold_all(tmp_path,
     plan = replace(plan, block_sessions=500.0)
     for symbol, frame in make_market(plan, 1).held.items():
         check_bars(frame, symbol)
-    assert max(abs(replicate(plan, seed).rank_ic_t) for seed in range(3)) < 3.3
+    assert max(abs(replicate(plan, seed, rank_ic_judge).rank_ic_t) for seed in range(3)) < 3.3
     monkeypatch.setattr(calibration, "mirrored", lambda moves, turn: moves)
-    assert replicate(plan, 1).rank_ic_t > 5
+    assert replicate(plan, 1, rank_ic_judge).rank_ic_t > 5
 
 
 def test_real_bars_that_are_too_few_are_refused(tmp_path):
@@ -229,8 +230,8 @@ def test_real_bars_that_are_too_few_are_refused(tmp_path):
 
 
 def test_a_planted_signal_is_found_and_nothing_is_not():
-    assert replicate(TINY, 3).promoted
-    quiet = replicate(EMPTY, 3)
+    assert replicate(TINY, 3, rank_ic_judge).promoted
+    quiet = replicate(EMPTY, 3, rank_ic_judge)
     assert not quiet.promoted and quiet.reasons and quiet.realised_ic is None
 
 
@@ -241,8 +242,8 @@ def test_the_naive_gate_finds_skill_in_noise():
 
 
 def test_any_number_of_workers_gives_the_same_answers(tmp_path, bound):
-    serial = calibrate(EMPTY, Campaign(tmp_path / "one", 3, 50), bound)
-    double = calibrate(EMPTY, Campaign(tmp_path / "two", 3, 50, workers=2), bound)
+    serial = calibrate(EMPTY, Campaign(tmp_path / "one", 3, 50), bound, rank_ic_judge)
+    double = calibrate(EMPTY, Campaign(tmp_path / "two", 3, 50, workers=2), bound, rank_ic_judge)
     assert [untimed(a) for a in serial] == [untimed(a) for a in double]
     assert len({a.rank_ic for a in serial}) == 3
     assert all(a.cpu_s > 0 for a in double)
@@ -252,9 +253,10 @@ CHILD = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from test_calibration import EMPTY, Campaign, bind, calibrate, load_settings
+from test_calibration import EMPTY, Campaign, bind, calibrate, load_settings, rank_ic_judge
 if __name__ == "__main__":
-    calibrate(EMPTY, Campaign(Path({folder!r}), 6, 70, workers={workers}), bind(load_settings()))
+    bound = bind(load_settings(), rank_ic_judge)
+    calibrate(EMPTY, Campaign(Path({folder!r}), 6, 70, workers={workers}), bound, rank_ic_judge)
 """
 
 
@@ -276,10 +278,11 @@ def test_a_killed_campaign_goes_on_where_it_was(tmp_path, bound, workers):
     before = read_answers(folder)
     assert 2 <= len(before) < 6
     told = []
-    done = calibrate(EMPTY, Campaign(folder, 6, 70), bound, on_answer=lambda a: told.append(a.seed))
+    campaign, note = Campaign(folder, 6, 70), lambda a: told.append(a.seed)
+    done = calibrate(EMPTY, campaign, bound, rank_ic_judge, note)
     assert sorted(told) == [s for s in range(70, 76) if s not in before]
     assert [a for a in done if a.seed in before] == [before[s] for s in sorted(before)]
-    whole = calibrate(EMPTY, Campaign(tmp_path / "whole", 6, 70), bound)
+    whole = calibrate(EMPTY, Campaign(tmp_path / "whole", 6, 70), bound, rank_ic_judge)
     assert [untimed(a) for a in done] == [untimed(a) for a in whole]
 
 
@@ -297,7 +300,7 @@ def test_a_market_that_broke_is_no_market_that_was_not_promoted(tmp_path, bound)
     assert read_campaign(campaign.folder)["missing"] == 1
     with pytest.raises(GateError, match="every market must have an answer"):
         make_certificate([campaign.folder], date(2026, 1, 1))
-    mended = calibrate(EMPTY, campaign, bound)
+    mended = calibrate(EMPTY, campaign, bound, rank_ic_judge)
     assert [a.error for a in mended] == [None, None]
 
 
@@ -307,7 +310,7 @@ def answered(folder, n, promoted=0, asked=(), bound=None, plan=EMPTY):
     for k, seed in enumerate(campaign.seeds):
         append_lines(folder / ANSWERS, asdict(Replication(seed, k < promoted, rank_ic=0.001 * k)))
     for size in (*asked, n):
-        calibrate(plan, replace(campaign, replications=size), bound)
+        calibrate(plan, replace(campaign, replications=size), bound, rank_ic_judge)
     return folder
 
 
@@ -321,11 +324,11 @@ def test_a_second_look_has_its_price(tmp_path, bound):
 
 def test_a_folder_holds_one_campaign_of_one_gate(tmp_path, bound):
     folder = answered(tmp_path / "null", 60, bound=bound)
-    other = bind(load_settings(teacher_num_leaves=5))
+    other = bind(load_settings(teacher_num_leaves=5), rank_ic_judge)
     with pytest.raises(SettingsError, match="teacher_num_leaves was"):
-        calibrate(EMPTY, Campaign(folder, 60), other)
+        calibrate(EMPTY, Campaign(folder, 60), other, rank_ic_judge)
     with pytest.raises(SettingsError, match="another plan"):
-        calibrate(replace(EMPTY, symbols=7), Campaign(folder, 60), bound)
+        calibrate(replace(EMPTY, symbols=7), Campaign(folder, 60), bound, rank_ic_judge)
     planted = answered(tmp_path / "planted", 5, 4, bound=other, plan=TINY)
     with pytest.raises(GateError, match="of one gate"):
         make_certificate([folder, planted], date(2026, 1, 1))
@@ -341,9 +344,10 @@ def test_the_certificate_promises_what_the_worst_null_bears(tmp_path, bound):
     assert (made["rate"], made["at_most"]) == (4 / 200, upper_bound(4, 200))
     path = tmp_path / "certificate.json"
     path.write_bytes(json_bytes(made, pretty=True))
-    standing = certificate_for_current_code(load_settings(), path=path)
+    standing = certificate_for_current_code(load_settings(), rank_ic_judge, path=path)
     assert standing.matches and "2.0 %, at most 4.5 % with 95 % confidence" in standing.sentence
-    assert not certificate_for_current_code(load_settings(), path=tmp_path / "none.json").matches
+    none = tmp_path / "none.json"
+    assert not certificate_for_current_code(load_settings(), rank_ic_judge, path=none).matches
     with pytest.raises(GateError, match="of 200 null markets at most 4 may be promoted"):
         make_certificate([answered(tmp_path / "bad", 200, 5, bound=bound)], date(2026, 1, 1))
 
@@ -392,9 +396,9 @@ def test_a_module_that_is_newly_imported_counts_with_all_it_imports(copy):
 
 
 def test_the_fingerprint_is_that_of_the_judge_too():
-    own = bind(load_settings(), rank_ic_judge).modules
-    assert "sensequant.backtest.calibration" in own
-    assert "sensequant.backtest.calibration" not in fingerprint()
+    own = bind(load_settings(), judged).modules
+    assert {"sensequant.govern.judgement", "sensequant.backtest.gate"} <= own.keys()
+    assert not {"sensequant.govern.judgement", "sensequant.backtest.gate"} & fingerprint().keys()
 
 
 def test_answers_survive_their_file(tmp_path):

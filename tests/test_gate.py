@@ -1,6 +1,7 @@
 "What was tried to fool the gate, and how it answered."
 
 import inspect
+import math
 import sqlite3
 from dataclasses import fields, replace
 from datetime import date
@@ -9,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from sensequant.backtest import gate, stat_tests
 from sensequant.backtest.gate import (
     AUDIT_CHECKS,
     REFERENCE_BARS,
@@ -19,9 +21,11 @@ from sensequant.backtest.gate import (
     judge,
     judgement_json,
 )
-from sensequant.core.errors import GateError
+from sensequant.backtest.stat_tests import MIN_SESSIONS
+from sensequant.core.errors import GateError, SettingsError
 from sensequant.core.events import json_bytes
 from sensequant.core.ledger import Ledger, Trial, spend
+from sensequant.core.settings import load_settings
 from sensequant.market.calendar import sessions
 
 DAYS = sessions("2023-01-02", "2025-01-10")
@@ -185,7 +189,7 @@ def test_a_resumed_run_spends_nothing_and_gets_the_same_answer(ledger):
     spent = ledger.head().count
     again = verdict(ledger, trial=record(ledger), on=date(2026, 1, 3))
     assert ledger.head().count == spent + 1  # the trial that it wrote down again
-    same = ("threshold", "proposal", "year", "different_trials", "holdout")
+    same = ("threshold", "proposal", "year", "trials", "different_trials", "holdout")
     assert {k: again.facts[k] for k in same} == {k: first.facts[k] for k in same}
     assert again.facts["max_t"]["p"] == first.facts["max_t"]["p"] and again.passed
 
@@ -204,6 +208,43 @@ def test_a_budget_is_spent_by_what_looks_at_returns_and_by_nothing_else(ledger):
     poor = verdict(ledger, trial=n)
     assert {"signal", "profit", "holdout"} <= failed(poor)
     assert poor.facts["spent"] and len(ledger.proposals("sim-1")) == 1
+
+
+# The declared statistic
+
+
+@pytest.mark.parametrize("run_id", ["r", "another"])
+def test_the_same_returns_have_no_second_chance_by_another_statistic(ledger, run_id):
+    first = record(ledger, config={"statistic": "alpha", "scope": "symbol"})
+    assert condition(verdict(ledger, trial=first), "declared").passed
+    switched = {"statistic": "rank_ic", "scope": "symbol"}
+    n = record(ledger, config=switched, run_id=run_id)
+    told = verdict(ledger, run_id=run_id, rules=replace(ASKS, statistic="rank_ic"), trial=n)
+    assert failed(told) >= {"declared", "holdout"} and told.facts["statistic"] == "rank_ic"
+    assert condition(told, "declared").found == "rank_ic; alpha in row 1 of r"
+    assert told.facts["spent"] == (run_id == "r")  # by its first proposal, not by this one
+    assert len(ledger.proposals("sim-1")) == 1
+
+
+def test_a_run_may_not_switch_even_when_its_returns_have_changed(ledger):
+    record(ledger, made(3), config={"statistic": "rank_ic", "scope": "symbol"})
+    n = record(ledger, config={"statistic": "alpha", "scope": "symbol"})
+    told = verdict(ledger, trial=n)
+    assert failed(told) == {"declared", "holdout"} and not told.facts["spent"]
+
+
+def test_rules_other_than_the_row_declares_are_a_switch_too(ledger):
+    n = record(ledger, config={"statistic": "rank_ic"})
+    assert "declared" in failed(verdict(ledger, trial=n))
+
+
+def test_the_other_scope_of_a_run_and_trials_that_declare_nothing_are_no_switch(ledger):
+    for beside in (made(5), SKILL):
+        record(ledger, beside, config={"statistic": "rank_ic", "scope": "pooled"})
+    record(ledger, run_id="sweep", source="optimizer", config={"k": 1})
+    n = record(ledger, config={"statistic": "alpha", "scope": "symbol"})
+    told = verdict(ledger, trial=n)
+    assert told.passed, condition_table(told)
 
 
 # Periods
@@ -419,7 +460,7 @@ def test_what_fails_on_the_hold_out_fails(ledger):
 
 
 def test_openings_of_other_runs_on_these_dates_are_counted_and_shown(ledger):
-    record(ledger, kept_back(), run_id="somebody")
+    record(ledger, kept_back(), run_id="somebody", source="backtest")
     for k in range(3):
         told = verdict(ledger, run_id=f"r{k}", trial=record(ledger, made(7, 0.003), run_id=f"r{k}"))
         assert told.facts["holdout"]["openings"] == k + 1
@@ -438,10 +479,87 @@ def test_a_crash_while_it_is_read_counts_as_a_look(ledger):
     assert verdict(ledger, trial=n).facts["holdout"]["openings"] == 1
 
 
-@pytest.mark.parametrize("other", [JUDGED[-120:], KEPT[:50]])
-def test_other_sessions_than_those_kept_are_refused(ledger, other):
+def test_other_sessions_than_those_kept_are_refused(ledger):
     with pytest.raises(GateError, match="the hold-out must"):
-        verdict(ledger, trial=record(ledger), read=lambda: made(8, 0.01, other))
+        verdict(ledger, trial=record(ledger), read=lambda: made(8, 0.01, JUDGED[-120:]))
+
+
+@pytest.mark.parametrize(("scope", "column"), [("symbol", "benchmark_return"), ("pooled", "ic")])
+def test_a_hold_out_with_too_few_sessions_that_count_fails_with_its_numbers(ledger, scope, column):
+    "0.95 of 120 sessions less the horizon of 5: 109 are enough, 108 are not."
+    n = record(ledger, made(7, 0.004))
+    for known, enough in ((109, True), (108, False), (0, False)):
+        seen = kept_back(0.004)
+        seen.loc[KEPT[known:], column] = np.nan
+        told = verdict(ledger, trial=n, scope=scope, read=lambda seen=seen: seen)
+        asked = condition(told, "holdout")
+        assert told.passed == enough, known
+        assert enough or (asked.value, asked.required, asked.found) == (known, 109, f"{known}")
+    short = condition(verdict(ledger, trial=n, read=lambda: made(8, 0.01, KEPT[:50])), "holdout")
+    assert (short.passed, short.value, short.required) == (False, 50, 109)
+
+
+def test_the_shortest_hold_out_of_the_settings_can_pass_and_a_shorter_one_cannot(ledger):
+    "Its last labels end beyond the bars, and what is left is just enough for a test."
+    horizon = SHOWN.horizon
+    for length, passes in ((MIN_SESSIONS + horizon, True), (MIN_SESSIONS + horizon - 1, False)):
+        days = KEPT[:length]
+        seen = made(8, 0.004, days)
+        seen.loc[days[-horizon:], ["benchmark_return", "ic"]] = np.nan
+        about = {"rules": replace(ASKS, holdout_sessions=length), "scope": "pooled"}
+        kept = {"holdout": (days[0].date(), days[-1].date()), "run_id": f"r{length}"}
+        row = record(ledger, made(7, 0.004), run_id=f"r{length}")
+        told = verdict(ledger, trial=row, read=lambda seen=seen: seen, **about, **kept)
+        assert told.passed == passes and failed(told) <= {"holdout"}, condition_table(told)
+        settings = {"holdout_sessions": length, "horizon_days": horizon}
+        if passes:
+            assert load_settings(**settings).holdout_sessions == length
+        else:
+            with pytest.raises(SettingsError, match="holdout_sessions must be 35 or more"):
+                load_settings(**settings)
+
+
+def test_a_hold_out_that_another_run_was_judged_on_is_none(ledger):
+    n = record(ledger)
+    record(ledger, made(11, 0, DAYS[:-119]), run_id="newer")
+    told = verdict(ledger, trial=n)
+    assert failed(told) == {"holdout_unread", "holdout"} and not told.facts["spent"]
+    read = condition(told, "holdout_unread")
+    assert (read.value, "newer among them" in read.found) == (1, True)
+    assert f"up to {KEPT[0].date()}" in read.found and "newer bars" in read.found
+    assert ledger.openings("sim-1", *SHOWN.holdout) == []
+
+
+def test_only_runs_of_others_on_the_same_shares_have_read_a_hold_out(ledger):
+    n = record(ledger)
+    inside = made(11, 0, DAYS[:-60])
+    record(ledger, inside)  # the run itself, on other bars
+    record(ledger, inside, run_id="apart", symbols=("SIM009",))
+    record(ledger, inside, run_id="elsewhere", market="sim-2")
+    record(ledger, inside, run_id="sweep", source="optimizer")
+    told = verdict(ledger, trial=n)
+    assert told.passed and "2 trials had seen" in condition(told, "holdout").found
+
+
+def test_weekly_retrains_never_take_each_other_s_hold_out(ledger):
+    "Each week five sessions more; every run is judged up to its own hold-out of 120."
+    quick = replace(ASKS, yearly_error=0.5)
+    for week in range(4):
+        days = DAYS[: len(DAYS) - 5 * (3 - week)]
+        kept, run_id = days[-120:], f"week {week}"
+        n = record(ledger, made(7, 0.003, days[:-120]), run_id=run_id)
+        about = {"run_id": run_id, "holdout": (kept[0].date(), kept[-1].date()), "rules": quick}
+        told = verdict(ledger, trial=n, read=lambda kept=kept: made(8, 0.003, kept), **about)
+        assert told.passed, condition_table(told)
+        assert told.facts["holdout"]["openings"] == week + 1
+
+
+def test_a_resumed_run_keeps_its_hold_out_whatever_came_after_the_opening(ledger):
+    assert verdict(ledger, trial=record(ledger)).passed
+    record(ledger, made(11, 0, DAYS[:-60]), run_id="newer")
+    assert verdict(ledger, trial=record(ledger)).passed
+    late = verdict(ledger, run_id="late", trial=record(ledger, made(7, 0.003), run_id="late"))
+    assert failed(late) == {"holdout_unread", "holdout"}
 
 
 def test_a_proposal_without_a_way_to_read_the_hold_out_fails(ledger):
@@ -488,11 +606,34 @@ def test_reference_bars_are_shown_and_decide_only_when_asked(ledger):
     assert condition(shown, "student_precision").found == "not measured"
 
 
-def test_a_threshold_too_small_for_the_resamples_fails_and_says_so(ledger):
-    tiny = GateRules(yearly_error=1e-4)
+def test_a_threshold_too_small_for_any_resamples_fails_and_says_what_to_do(ledger, monkeypatch):
+    monkeypatch.setattr(stat_tests, "USUAL_RESAMPLES", 4_000)
+    monkeypatch.setattr(gate, "USUAL_RESAMPLES", 4_000)
+    tiny = GateRules(yearly_error=1e-5)
     told = verdict(ledger, rules=tiny, trial=record(ledger))
-    assert told.facts["threshold"] == spend(1, 1e-4) and "signal" in failed(told)
-    assert "too few for a threshold so small" in condition(told, "signal").found
+    assert told.facts["threshold"] == spend(1, 1e-5) and "signal" in failed(told)
+    found = condition(told, "signal").found
+    assert "takes 1,644,935 resamples, above 1,000,000; propose again in 2026" in found
+    assert told.facts["max_t"]["samples"] == 4_000  # p is shown, though it decides nothing
+
+
+def test_the_eighteenth_proposal_of_a_year_can_still_pass(ledger, monkeypatch):
+    "The budget, not the number of resamples, decides: a tenth of everything, to be quick."
+    monkeypatch.setattr(stat_tests, "USUAL_RESAMPLES", 10_000)
+    n = record(ledger, made(7, 0.003))
+    for number in range(1, 18):
+        ledger.propose(f"old{number}", "sim-1", DAY, "c", yearly_error=0.5)
+    told = verdict(ledger, rules=replace(ASKS, yearly_error=0.5), trial=n)
+    assert told.facts["proposal"] == 18 and told.passed, condition(told, "signal").found
+    assert told.facts["max_t"]["samples"] == math.ceil(10 / spend(18, 0.5)) > 10_000
+
+
+def test_resamples_grow_as_the_budget_demands_up_to_the_limit():
+    drawn = {i: stat_tests._resamples(spend(i)) for i in (1, 17, 18, 55)}
+    assert drawn[17] == 100_000 < drawn[18] < drawn[55] < stat_tests.MOST_RESAMPLES
+    for number, samples in drawn.items():
+        assert spend(number) >= stat_tests.LEAST_BELOW / (1 + samples)
+    assert spend(55) >= stat_tests.SMALLEST_THRESHOLD > spend(56)
 
 
 def test_more_resamples_are_drawn_for_a_smaller_threshold(ledger):

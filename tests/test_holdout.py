@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 
 from sensequant.core.errors import GateError
+from sensequant.core.ledger import check_series
+from sensequant.core.settings import load_settings
 from sensequant.core.types import IST, Interval
 from sensequant.data.bars import BarStore
 from sensequant.data.feeds import SimulatedFeed
@@ -23,6 +25,7 @@ from sensequant.data.runs import (
     read_inputs,
 )
 from sensequant.features.feature_sets import pin_contexts, pinned_context
+from sensequant.govern import judgement
 from sensequant.learn.batch import BatchRules, train_students, train_teachers
 from sensequant.learn.predictions import chain_predictions
 from sensequant.learn.tables import Recipe, WindowSpec
@@ -125,6 +128,24 @@ def test_the_view_says_the_same_of_what_lies_before_and_goes_on(runs):
     assert late["window_label"].nunique() == 1  # the newest student, which saw none of them
     saw = plain.artifacts.read_json(f"student/{late['window_label'].iloc[0]}/metadata.json")
     assert pd.Timestamp(saw["saw_until"]) < start
+
+
+def test_what_the_gate_reads_has_a_figure_but_for_the_last_horizon(runs):
+    "The derivation of the shortest hold-out; benchmark returns are known no longer than scores."
+    (plain, _), _ = runs
+    series = judgement.holdout_series(plain, judgement.judge_plan(load_settings().model_dump()))
+    known = series[["ic", "benchmark_return"]].notna().sum()
+    assert len(series) == 40 and known["ic"] == 40 - RECIPE.label.horizon_days
+    assert known["ic"] <= known["benchmark_return"] <= 40
+
+
+def test_a_hold_out_of_which_nothing_is_said_is_read_as_days_in_cash(runs, monkeypatch):
+    (plain, said), _ = runs
+    monkeypatch.setattr(judgement, "chain_predictions", lambda *_: said["pooled"])
+    series = judgement.holdout_series(plain, judgement.judge_plan(load_settings().model_dump()))
+    whole = check_series(series)
+    assert len(whole) == 40 and (whole["net_return"] == 0).all()
+    assert whole[["ic", "benchmark_return"]].isna().all(axis=None)
 
 
 def test_index_and_context_end_before_the_hold_out_too(runs):

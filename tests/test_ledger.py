@@ -6,13 +6,10 @@ import pickle
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
 from datetime import date
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from processes import python, results
 
 from sensequant.core import ledger as module
 from sensequant.core.errors import DataError, GateError
@@ -38,7 +36,6 @@ from sensequant.core.ledger import (
 )
 from sensequant.core.testing import sessions
 
-ROOT = Path(__file__).parents[1]
 DAY = date(2026, 3, 2)
 
 
@@ -96,20 +93,6 @@ def tamper(path, *statements, values=()):
 
 
 # Several at once
-
-
-def python(code, *arguments):
-    "A real process that runs `code`."
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, **pipes)
-
-
-def results(processes):
-    "What they printed; every one must end well."
-    told = [p.communicate(timeout=120) for p in processes]
-    assert [p.returncode for p in processes] == [0] * len(processes), told
-    return [out.split() for out, _ in told]
 
 
 APPEND = """

@@ -314,7 +314,7 @@ def test_a_plan_refuses_what_the_run_would_refuse(tmp_path):
     (tmp_path / "GOOD.csv").write_text(good)
     (tmp_path / "BAD.csv").write_text(good.replace(",101,", ",98,", 50))
     (tmp_path / "OLD.csv").write_text(good[: good.index("2022-07-01")])
-    span = {"start": "2023-01-02", "end": "2023-09-29", "holdout_sessions": 20}
+    span = {"start": "2023-01-02", "end": "2023-09-29", "holdout_sessions": 35}
     settings = span | {"csv_dir": tmp_path, "source": "csv"}
     config = run_config(load_settings(**settings), [])
     plan = plan_run(config, open_feed(config), tmp_path / "home")

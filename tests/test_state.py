@@ -11,10 +11,10 @@ import sys
 import threading
 import time
 from datetime import UTC, date, datetime
-from pathlib import Path
 
 import psutil
 import pytest
+from processes import ROOT, python, results
 
 from sensequant.core import state as module
 from sensequant.core.errors import DataError, GateError
@@ -23,7 +23,6 @@ from sensequant.core.fanout import fan_out
 from sensequant.core.state import State, is_held, process_started
 from sensequant.core.types import IST
 
-ROOT = Path(__file__).parents[1]
 NOON = datetime(2026, 3, 2, 12, tzinfo=IST)
 SHA = "ab" * 32
 
@@ -37,20 +36,6 @@ def path(tmp_path):
 def state(path):
     with State(path) as opened:
         yield opened
-
-
-def python(code, *arguments):
-    "A real process that runs `code`."
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, **pipes)
-
-
-def results(processes):
-    "What they printed; every one must end well."
-    told = [p.communicate(timeout=60) for p in processes]
-    assert [p.returncode for p in processes] == [0] * len(processes), told
-    return [out.split() for out, _ in told]
 
 
 IDS = """

@@ -6,8 +6,7 @@
 __all__ = ['FACTS', 'GARCH_SYMBOLS', 'REAL_FACTS', 'FITTED', 'PRICES', 'USUAL_SPAN', 'LEAST_HISTORY', 'FEATURE_MEMORY', 'MARKETS',
            'Judge', 'NAIVE_BAR', 'NAIVE_AGREEMENT', 'HELD_OUT', 'panel_facts', 'compare_panels', 'DateRows',
            'date_rows', 'block_order', 'rebuilt_bars', 'mirrored', 'shifted_labels', 'Plan', 'MadeMarket', 'real_rows',
-           'make_market', 'begin_run', 'learn_and_predict', 'Judged', 'RankIcVerdict', 'rank_ic_judge', 'above_zero',
-           'naive_gate', 'Replication', 'replicate']
+           'make_market', 'begin_run', 'learn_and_predict', 'naive_gate', 'Replication', 'replicate']
 
 # %% ../../nbs/6_backtest/66_calibration.ipynb #90428692
 import tempfile
@@ -19,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import lightgbm as lgb
 import numpy as np
@@ -27,6 +26,7 @@ import pandas as pd
 from arch import arch_model
 from scipy import stats
 
+from .gate import Judgement
 from .metrics import rank_ic
 from ..core.errors import DataError, SettingsError
 from ..core.types import BAR_COLUMNS, Fetched, Interval
@@ -423,47 +423,7 @@ def learn_and_predict(
     return predictions
 
 # %% ../../nbs/6_backtest/66_calibration.ipynb #2290a055
-class Judged(Protocol):
-    "What a judge answers: a `Verdict` of the gate will do."
-
-    @property
-    def passed(self) -> bool:
-        "Whether every condition held."
-
-    @property
-    def reasons(self) -> list[str]:
-        "One sentence for each condition that failed."
-
-
-Judge = Callable[[Run], Judged]
-
-
-class RankIcVerdict(NamedTuple):
-    "The answer of `rank_ic_judge`."
-
-    passed: bool
-    reasons: list[str]
-
-
-def rank_ic_judge(
-    run: Run,  # with predictions.parquet
-    level: float = 0.03,  # one-sided p at most
-    horizon: int = 5,  # sessions that a prediction spans
-) -> RankIcVerdict:
-    "Promote when the daily rank IC lies above 0 by its Newey-West t."
-    found = rank_ic(run.artifacts.read_parquet("predictions.parquet"), horizon)
-    p = above_zero(found.t, found.p)
-    return RankIcVerdict(
-        p <= level, [] if p <= level else [f"p must be at most {level}; found {p:.3f}"]
-    )
-
-
-def above_zero(
-    t: float,
-    p_two_sided: float,
-) -> float:  # p of the same t against values at or below 0; NaN where there is none
-    "One side of a two-sided p."
-    return p_two_sided / 2 if t > 0 else 1 - p_two_sided / 2
+Judge = Callable[[Run], Judgement]
 
 # %% ../../nbs/6_backtest/66_calibration.ipynb #d112d026
 NAIVE_BAR = 0.55  # accuracy and precision
@@ -543,7 +503,7 @@ def _finite(value: float) -> float | None:
 def replicate(
     plan: Plan,
     seed: int,  # of the market
-    judge: Judge = rank_ic_judge,  # importable, so that workers find it
+    judge: Judge,  # importable, so that workers find it
 ) -> Replication:
     "Make a market, take it through pipeline and gate, and forget everything but the answer."
     wall, cpu = time.perf_counter(), time.process_time()

@@ -19,6 +19,7 @@ import pandas as pd
 from scipy import stats
 from statsmodels.regression.linear_model import OLS, RegressionResults
 from statsmodels.stats.diagnostic import acorr_ljungbox
+from statsmodels.tsa.stattools import acf
 
 from ..core.errors import DataError
 from ..core.types import require_columns
@@ -299,8 +300,7 @@ def autocorrelations(
     lags: int,  # >= 1, below the number of sessions
 ) -> np.ndarray:  # (lags,) in [-1, 1], from the first lag on
     "How much each session repeats the ones before it; all share one mean and variance."
-    gap = _values(returns) - _values(returns).mean()
-    return np.array([gap[k:] @ gap[:-k] for k in range(1, lags + 1)]) / (gap @ gap)
+    return np.asarray(acf(_values(returns), nlags=lags, fft=False)[1:])
 
 
 def annual_factor(

@@ -308,6 +308,37 @@ class _Reading(_Trials):
             raise DataError("a series must be the one that was written", "another", where)
         return series
 
+# %% ../../nbs/0_core/09_ledger.ipynb #b1b57726
+class _Rivals(_Reading):
+    "Trials beside a candidate."
+
+    def rivals(self, row: TrialRow) -> list[TrialRow]:  # oldest first
+        "Other trials of its sessions and symbols, each once however often a run wrote it down."
+        near = self.overlapping(row.market, row.symbols, row.first, row.last)
+        tries = {_try(row): row}
+        for other in near:
+            tries.setdefault(_try(other), other)
+        return list(tries.values())[1:]
+
+    def rival_series(self, row: TrialRow) -> list[pd.DataFrame]:  # SERIES_COLUMNS by session
+        "What its rivals made, each series once, and none that is the candidate's."
+        made = {row.series_sha256: row}
+        for other in self.rivals(row):
+            made.setdefault(other.series_sha256, other)
+        return [self.series(r) for r in list(made.values())[1:]]
+
+    def kin(self, row: TrialRow) -> list[TrialRow]:  # oldest first, the trial itself last
+        "Trials up to `row` that made the same series, or are of the same run."
+        with self._transaction(write=False) as c:
+            held = [_trial_row(b) for b in self._bodies(c, "trial", row.market)]
+        alike = [r for r in held if row.series_sha256 == r.series_sha256 or row.run_id == r.run_id]
+        return [r for r in alike if r.n <= row.n]
+
+
+def _try(row: TrialRow) -> tuple[str, str, str]:
+    "What makes a try another one."
+    return row.run_id, canonical(row.config), row.series_sha256
+
 # %% ../../nbs/0_core/09_ledger.ipynb #27049376
 YEARLY_ERROR = 0.05  # chance of one false promotion a year and market
 
@@ -352,7 +383,7 @@ def _numbered(bodies: list[dict[str, Any]]) -> list[Proposal]:
     return found
 
 # %% ../../nbs/0_core/09_ledger.ipynb #596284c6
-class _Proposals(_Reading):
+class _Proposals(_Rivals):
     "Proposals: look, spend."
 
     def proposals(self, market: str) -> list[Proposal]:
@@ -454,6 +485,19 @@ class _Openings(_Proposals):
             if opening not in held:
                 self._append(c, body)
         return len(self.openings(opening.market, opening.first, opening.last))
+
+    def judged_inside(
+        self,
+        opening: Opening,  # made already, or only thought of
+        symbols: Iterable[str],
+    ) -> list[TrialRow]:  # oldest first
+        "Trials of other runs on sessions of the hold-out, from before it was opened."
+        with self._transaction(write=False) as c:
+            held = self._bodies(c, "opening", opening.market)
+        done = min((b["n"] for b in held if _opening(b) == opening), default=math.inf)
+        seen = self.overlapping(opening.market, symbols, opening.first, opening.last)
+        others = [r for r in seen if r.source == "run" and r.run_id != opening.run_id]
+        return [r for r in others if r.n < done]
 
 # %% ../../nbs/0_core/09_ledger.ipynb #93210c5b
 @dataclass(frozen=True)

@@ -463,6 +463,9 @@ class OptimizerSettings(BaseModel):
     )
 
 # %% ../../nbs/0_core/02_settings.ipynb #5c00eb84
+_TESTED = 30  # sessions below which no statistic is tested, as `stat_tests.MIN_SESSIONS` says
+
+
 class GateSettings(BaseModel):
     "The hold-out, the yearly error budget and what a pass needs."
 
@@ -479,7 +482,7 @@ class GateSettings(BaseModel):
         0.05, 0.001, 0.5, "probability", "of one false promotion a year that proposals share"
     )
     holdout_sessions: int = _number(
-        120, 20, 1000, "sessions", "newest ones that nothing reads until all else has passed"
+        120, _TESTED + 1, 1000, "sessions", "newest ones, unread until all else has passed"
     )
     gate_min_coverage_frac: float = _number(
         0.95, 0, 1, "fraction", "sessions held of those expected that a pass needs"
@@ -626,6 +629,17 @@ def _refuse_order(settings: Settings) -> None:
         if low > high:
             must = f"{scope}exit_score must not lie above {scope}entry_score {high:g}"
             raise SettingsError(must, low, f"{scope}exit_score")
+    _refuse_short_holdout(settings)
+
+
+def _refuse_short_holdout(settings: Settings) -> None:
+    "Refuse a hold-out that can never pass: the labels of its last sessions end beyond the bars."
+    horizon = settings.horizon_days
+    if settings.holdout_sessions < _TESTED + horizon:
+        must = f"holdout_sessions must be {_TESTED + horizon} or more: {_TESTED} for its test and"
+        must += f" horizon_days {horizon}, since the last labels are never known"
+        fix = "Take a longer hold-out or a shorter horizon"
+        raise SettingsError(must, settings.holdout_sessions, "holdout_sessions", fix)
 
 
 def load_settings(

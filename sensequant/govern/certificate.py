@@ -20,15 +20,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import cached_property, partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy.stats import binomtest
 
 import sensequant
-from ..backtest.calibration import Judge, Plan, Replication, rank_ic_judge, replicate
+from ..backtest.calibration import Judge, Plan, Replication, replicate
 from ..core.artifacts import write_atomic
 from ..core.errors import DataError, GateError, SettingsError
 from ..core.events import LineReader, append_lines, json_bytes, json_ready
@@ -42,9 +43,8 @@ def clopper_pearson(
     confidence: float = 0.95,  # of the two bounds together, in (0, 1)
 ) -> tuple[float, float]:  # fractions
     "Bounds of the rate, as much left out on either side."
-    tail = (1 - confidence) / 2
-    low = stats.beta.ppf(tail, k, n - k + 1) if k else 0.0
-    return float(low), upper_bound(k, n, 1 - tail)
+    bounds = binomtest(k, n).proportion_ci(confidence, method="exact")
+    return float(bounds.low), float(bounds.high)
 
 
 def upper_bound(
@@ -53,7 +53,8 @@ def upper_bound(
     confidence: float = 0.95,  # of this bound alone, in (0, 1)
 ) -> float:  # fraction
     "What the rate is at most."
-    return float(stats.beta.ppf(confidence, k + 1, n - k)) if k < n else 1.0
+    count = binomtest(k, n, alternative="less")
+    return float(count.proportion_ci(confidence, method="exact").high)
 
 # %% ../../nbs/7_govern/78_certificate.ipynb #89129125
 def most_promotions(
@@ -62,7 +63,8 @@ def most_promotions(
     confidence: float = 0.95,  # of the upper bound
 ) -> int:  # -1 where even none would not do
     "With how many promotions at most a gate is certified to promote no more often than `rate`."
-    return max((k for k in range(n) if upper_bound(k, n, confidence) <= rate), default=-1)
+    few = takewhile(lambda k: upper_bound(k, n, confidence) <= rate, range(n))
+    return max(few, default=-1)
 
 # %% ../../nbs/7_govern/78_certificate.ipynb #53c15677
 PACKAGE = Path(sensequant.__file__).parent
@@ -203,7 +205,7 @@ def _value_differences(old: Bound, new: Bound) -> list[str]:
 
 def bind(
     settings: Settings,
-    judge: Judge = rank_ic_judge,
+    judge: Judge,  # of the package, or its code is not bound
     scope: str = "pooled",  # the one that is judged
 ) -> Bound:
     "What a campaign with this judge and these settings would hold for."
@@ -278,7 +280,7 @@ def calibrate(
     plan: Plan,
     campaign: Campaign,
     bound: Bound,  # from `bind`, with the same judge and the settings that made the plan
-    judge: Judge = rank_ic_judge,  # importable, so that workers find it
+    judge: Judge,  # importable, so that workers find it
     on_answer: OnAnswer | None = None,
 ) -> list[Replication]:  # by seed, failed ones too
     "Every market of a campaign that has no answer yet, on all workers; each answer kept at once."
@@ -465,7 +467,7 @@ def _sentence(standing: Standing) -> str:
 # %% ../../nbs/7_govern/78_certificate.ipynb #d328d50a
 def certificate_for_current_code(
     settings: Settings,
-    judge: Judge = rank_ic_judge,  # whose verdicts are given
+    judge: Judge,  # whose verdicts are given
     scope: str = "pooled",  # the one that is judged
     path: Path = CERTIFICATE,
 ) -> Standing:

@@ -32,6 +32,7 @@ from ..backtest.metrics import fills_of
 from ..backtest.stat_tests import Beside, stat_tests
 from ..core.errors import DataError
 from sensequant.core.ledger import (
+    SERIES_COLUMNS,
     Head,
     Ledger,
     Trial,
@@ -162,13 +163,6 @@ def check_trial(
     return Check("trial", must, found, same)
 
 # %% ../../nbs/7_govern/79_judgement.ipynb #b93511e0
-def _rivals(ledger: Ledger, row: TrialRow) -> list[pd.DataFrame]:
-    "What the other trials of the same shares and days made, each series once."
-    near = ledger.overlapping(row.market, row.symbols, row.first, row.last)
-    others = {r.series_sha256: r for r in near if r.series_sha256 != row.series_sha256}
-    return [ledger.series(r) for r in others.values()]
-
-
 def weigh_account(
     run: Run,  # with daily_returns, trades and baseline_returns
     plan: JudgePlan,
@@ -180,7 +174,7 @@ def weigh_account(
     daily, trades = (store.read_parquet(f"{n}.parquet") for n in ("daily_returns", "trades"))
     bars = {s: pinned_bars(run, s) for s in trades["symbol"].unique()}
     beside = Beside(
-        _rivals(ledger, row),
+        ledger.rival_series(row),
         store.read_parquet("baseline_returns.parquet"),
         "SMA cross",
         fills_of(trades, bars) if len(trades) else None,
@@ -274,10 +268,11 @@ def holdout_series(
     first = pd.Timestamp(read_inputs(run).holdout, tz=IST)
     said = chain_predictions(view, recipe)
     late = said[said["ts"] >= first]
-    daily = trade(view, late, plan.rules[recipe.scope]).daily
-    series = trial_series(daily, late)
     every = sessions(first.date(), read_inputs(view).end)
-    whole = series.reindex(every[every >= first])
+    whole = pd.DataFrame(index=every[every >= first], columns=list(SERIES_COLUMNS), dtype=float)
+    if len(late):
+        daily = trade(view, late, plan.rules[recipe.scope]).daily
+        whole = trial_series(daily, late).reindex(whole.index)
     return whole.assign(net_return=whole["net_return"].fillna(0.0))
 
 

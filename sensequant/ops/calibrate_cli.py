@@ -145,9 +145,37 @@ def _lines(one: dict[str, Any]) -> str:
     return f"{name}: {counts}{missing}; {skill}; {cost}."
 
 # %% ../../nbs/9_ops/913_calibrate_cli.ipynb #272f6c2c
+def _as_text(
+    table: Any,  # data frame, its index left out
+) -> str:
+    "A table as prose wants it."
+    rows = [table.columns.tolist(), ["---"] * table.shape[1], *table.astype(str).to_numpy()]
+    return "\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _likeness(
+    plan: Any,  # Plan
+    seed: int,  # of both markets
+) -> str:
+    "How much the simulated markets, plain and fitted, are like real shares."
+    from sensequant.backtest.calibration import compare_panels, make_market
+
+    plans = {m: replace(plan, market=m, signal_ic=0.0, folder=None) for m in ("null", "fitted")}
+    beside = (
+        compare_panels(**{m: make_market(p, seed).held for m, p in plans.items()})
+        .round(3)
+        .rename_axis("figure")
+        .reset_index()
+        .fillna("")
+    )
+    told = "\n## How real are the markets?\n\nDaily log returns of 67 real shares, and simulated.\n"
+    return told + _as_text(beside)
+
+
 def write_report(
     folder: Path,  # of all campaigns
     held: Sequence[dict[str, Any]],  # of `certificate.read_campaign`, at least one
+    plan: Any,  # Plan of any of them, for the size of the markets
 ) -> Path:  # the page
     "calibration.json, promotion_rates.png and calibration.html."
     import base64
@@ -160,21 +188,17 @@ def write_report(
     from sensequant.govern.pages import Heading, frame_page, prose, write_page
 
     table = rate_table(*(one["summary"] for one in held))
-    picture = png(promotion_rates(table.head(12)))
+    picture, like = png(promotion_rates(table.head(12))), _likeness(plan, seed=1)
     write_atomic(folder / "calibration.json", json_bytes([h["summary"] for h in held], pretty=True))
     write_atomic(folder / "promotion_rates.png", picture)
     source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
     shown = f'<img alt="promotion rates" src="{source}">'
-    rows = [
-        table.columns.tolist(),
-        ["---"] * table.shape[1],
-        *table.astype(str).to_numpy().tolist(),
-    ]
     text = "# How often does the gate promote?\n\n" + "".join(f"- {_lines(one)}\n" for one in held)
-    text += "\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    text += _as_text(table)
     status = "partial" if any(one["missing"] for one in held) else "success"
     heading = Heading("Calibration of the gate", status)
-    return write_page(folder / "calibration.html", frame_page(heading, prose(text) + shown))
+    body = prose(text) + shown + prose(like)
+    return write_page(folder / "calibration.html", frame_page(heading, body))
 
 # %% ../../nbs/9_ops/913_calibrate_cli.ipynb #6e79bd10
 @dataclass(frozen=True)
@@ -230,7 +254,7 @@ def _measure(order: Order) -> int:  # exit code
     _print_rates(rate_table(*(one["summary"] for one in held)))
     for one in held:
         say(_lines(one))
-    say(f"Report     {write_report(order.folder, held)}")
+    say(f"Report     {write_report(order.folder, held, order.plan)}")
     if order.certificate:
         _certify(order.folder, order.certificate)
     return _exit_code(read_campaign(order.campaign.folder))
