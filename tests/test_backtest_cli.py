@@ -2,6 +2,7 @@
 and what the files say that are left."""
 
 import json
+from dataclasses import replace
 from datetime import date
 
 import numpy as np
@@ -14,6 +15,7 @@ from sensequant.core.ledger import Ledger, ledger_path
 from sensequant.core.settings import load_settings
 from sensequant.core.types import IST, Interval
 from sensequant.data.sentiment import Snapshot, SnapshotStore, write_snapshots
+from sensequant.learn.tables import read_recipe, write_recipe
 from sensequant.market.calendar import sessions
 from sensequant.market.simulator import MarketSpec, simulate
 from sensequant.ops import judge_cli
@@ -197,6 +199,23 @@ def test_a_finished_run_brings_its_bars_and_predictions(finished_run, tmp_path, 
         decided = index[index.get_loc(trade.entry_ts) - 1]
         assert score[trade.symbol, decided] > 0.05, "bought what was not scored high the bar before"
     assert backtest(*words, "--strategy", "model", "--symbols", "TCS").exit_code == 1
+
+
+def test_a_pooled_run_is_traded_by_the_thresholds_of_ranks(copied_run, tmp_path):
+    write_recipe(copied_run, replace(read_recipe(copied_run), scope="pooled"))
+    words = ("--set", f"home={copied_run.home}", "--run", copied_run.run_id, "--strategy", "model")
+    kept, _ = done(tmp_path, *words)
+    assert kept.config["accounts"]["model"]["model"]["params"] == {
+        "entry_score": 0.9,
+        "exit_score": -0.5,
+    }
+    more = ("--set", "pooled_entry_score=0.2", "--params", "exit_score=-0.7")
+    other, _ = done(tmp_path, *words, *more, name="other")
+    assert other.config["accounts"]["model"]["model"]["params"] == {
+        "entry_score": 0.2,
+        "exit_score": -0.7,
+    }
+    assert len(other.trades) > len(kept.trades), "a lower threshold buys more often"
 
 
 def test_another_benchmark_takes_the_place_of_the_universe(tmp_path):

@@ -9,7 +9,7 @@ __all__ = ['OPTIONS', 'remember', 'recall', 'Sought', 'read_search', 'holding', 
 # %% ../../nbs/9_ops/912_optimize_cli.ipynb #f00b3a3a
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -126,15 +126,18 @@ def holding(
     books: Mapping[str, Any],  # Books of the strategy
     space: Any,  # Space
     horizon: int,  # sessions that a model's prediction lasts
+    whole: int,  # sessions of a test part, after which every position is closed
 ) -> int:  # sessions
     "How long a position of any configuration may last, which is what folds are purged by."
-    if any(rule.name == "model" for rule, _ in books.values()):
+    rules = [rule for rule, _ in books.values()]
+    if any(rule.name == "model" for rule in rules):
         return horizon
-    longest = [rule.limits["max_hold_sessions"] for rule, _ in books.values()]
-    longest += [int(d.high or 0) for d in space.dimensions if d.name == "max_hold_sessions"]
-    return max(longest)
+    limits = [rule.limits["max_hold_sessions"] for rule in rules if rule.name != "intraday"]
+    for d in (d for d in space.dimensions if d.name == "max_hold_sessions"):
+        limits += [int(v) for v in (*d.choices, d.low, d.high) if isinstance(v, int | float)]
+    return max((min(n, whole) or whole for n in limits), default=0)
 
-# %% ../../nbs/9_ops/912_optimize_cli.ipynb #fc529336
+# %% ../../nbs/9_ops/912_optimize_cli.ipynb #c739d5c5
 def folds_of(
     sought: Sought,
     opened: Opened,
@@ -145,12 +148,11 @@ def folds_of(
     from sensequant.trading.grid import part
 
     s, days = sought.asked.settings, part(opened.market.grid, opened.market.start)[0].days
-    kept = days if sought.asked.run_id else days[: -s.holdout_sessions]
     cut = WalkForward(s.search_train_sessions, s.search_test_sessions, purge, s.embargo_sessions)
     try:
-        return make_folds(kept, cut)
+        return make_folds(days, cut)
     except DataError as error:
-        apart = f"{len(days)} sessions, {len(days) - len(kept)} of them held out"
+        apart = f"{len(days)} sessions before the hold-out"
         fix = "Begin earlier, or --set search_train_sessions=60"
         raise DataError(error.must, apart, f"{days[0].date()} to {days[-1].date()}", fix) from None
 
@@ -158,13 +160,14 @@ def folds_of(
 def plan_of(sought: Sought) -> Any:  # SearchPlan
     "How to search: as typed, else as the settings say."
     from sensequant.backtest.optimizer import SearchPlan
+    from sensequant.trading.traces import trace_rules
 
     s, given = sought.asked.settings, sought.given
     asked = {k: given[k] for k in ("sampler", "objective", "max_configs")}
     named = {k: v if v is not None else getattr(s, f"search_{k}") for k, v in asked.items()}
     rate = given["telemetry_sample_rate"]
-    rest: dict[str, Any] = {"seed": s.seed, "batch": s.search_batch}
-    rest["sample_frac"] = s.trace_sample_frac if rate is None else rate
+    written = trace_rules(s) if rate is None else replace(trace_rules(s), sample_frac=rate)
+    rest: dict[str, Any] = {"seed": s.seed, "batch": s.search_batch, "traces": written}
     return SearchPlan(**named, **rest, min_trades=s.search_min_trades)
 
 # %% ../../nbs/9_ops/912_optimize_cli.ipynb #eae94ecf
@@ -189,7 +192,7 @@ def make_job(
     index = opened.benchmark[1] if opened.benchmark else None
     rules = (rules_of(s), opened.market, about, accuracy_rules(s), index)
     evaluator = RuleEvaluator(sought.strategy, books, *rules)
-    purge = holding(books, space, s.horizon_days)
+    purge = holding(books, space, s.horizon_days, s.search_test_sessions)
     job = Job(evaluator, space, folds_of(sought, opened, purge), plan_of(sought))
     return job, max(purge, 1)
 
@@ -254,7 +257,9 @@ def _search(sought: Sought, opened: Opened, meter: Meter) -> int:  # exit code
     known, span = job.evaluator.identity(), (job.folds[0].test_first, job.folds[-1].test_last)
     days = [d.date() for d in span]
     seen = ledger.overlapping(known["market"], known["symbols"], *days)
-    luck = luck_of(search_series(ledger, tried), horizon, settings.seed, len(seen))
+    luck = luck_of(
+        search_series(ledger, tried, job.plan.sampler), horizon, settings.seed, len(seen)
+    )
     summary = summarise(job, tried, {"run_id": sought.folder.name}, luck)
     write_files(sought.folder, summary, config_lines(tried))
     tell(summary, sought.folder)
@@ -282,9 +287,10 @@ def _validate(sought: Sought, opened: Opened) -> int:  # exit code
 # %% ../../nbs/9_ops/912_optimize_cli.ipynb #d0923e2a
 def run_search(sought: Sought) -> int:  # exit code
     "Open the market, then search or validate."
-    meter = Meter()
+    asked, meter = sought.asked, Meter()
+    kept = asked.settings.holdout_sessions
     try:
-        opened = from_run(sought.asked) if sought.asked.run_id else from_feed(sought.asked, meter)
+        opened = from_run(asked) if asked.run_id else from_feed(asked, meter, kept)
         for note in opened.notes:
             say(f"warning: {note}")
         return _validate(sought, opened) if sought.validate else _search(sought, opened, meter)
