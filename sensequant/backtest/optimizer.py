@@ -422,7 +422,9 @@ class SearchPlan:
     seed: int = 1
     batch: int = 8  # proposals of tpe at a time, >= 1
     min_trades: int = 10  # below it, over all folds, a score would be noise: pruned
-    traces: TraceRules = TraceRules()  # how the predictions are written as telemetry
+    traces: TraceRules = field(
+        default_factory=TraceRules
+    )  # how the predictions are written as telemetry
 
     def __post_init__(self) -> None:
         words = {"sampler": SAMPLERS, "objective": OBJECTIVES}
