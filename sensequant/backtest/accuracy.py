@@ -346,7 +346,8 @@ def calibration_table(
     "What was said, and how often it came."
     rows = pd.DataFrame({"p": probability, "y": happened}).dropna().astype(float)
     when = dates if dates is not None else rows.index.to_series()
-    place = pd.qcut(rows["p"].rank(method="average"), bins, labels=False, duplicates="drop")
+    ranks = rows["p"].rank(method="average")
+    place = pd.qcut(ranks, bins, labels=False, duplicates="drop") if len(rows) else ranks
     table = {
         k: (g["p"].mean(), g["y"].mean(), panel_se(g["y"], when.loc[g.index], lags), len(g))
         for k, (_, g) in enumerate(rows.groupby(place), start=1)

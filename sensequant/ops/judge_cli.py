@@ -488,21 +488,8 @@ def tell(asked: Asked, opened: Opened, results: Mapping[str, Any]) -> None:
     say(f"Files      {asked.folder}")
 
 # %% ../../nbs/9_ops/910_judge_cli.ipynb #117b8278
-_OF_A_RUN = ("source", "csv_dir", "csv_zone", "interval", "benchmark", "universe")
-_NO_SETTING = (
-    "symbols",
-    "symbols_file",
-    "universe",
-    "strategy",
-    "params",
-    "run",
-    "engine",
-    "output_dir",
-    "enable_telemetry",
-    "capital",
-    "skip_fetch",
-    "set_",
-)
+_OF_A_RUN = ("source", "csv_dir", "csv_zone", "interval", "benchmark", "universe", "start", "end",
+             "sim_symbols", "signal_ic")  # fmt: skip
 
 
 def _refuse_mixture(given: Mapping[str, Any]) -> None:
@@ -526,7 +513,7 @@ def read_options(
     from sensequant.learn.tables import read_recipe
 
     _refuse_mixture(given)
-    fields = {k: v for k, v in given.items() if k not in _NO_SETTING and v is not None}
+    fields = {k: v for k, v in given.items() if k in Settings.model_fields and v is not None}
     fields |= {"source": "csv"} if given["csv_dir"] and not given["source"] else {}
     fields |= {"capital_inr": given["capital"]} if given["capital"] is not None else {}
     fields |= read_assignments(given["set_"] or [])
@@ -571,10 +558,16 @@ def backtest(
     symbols: Annotated[str | None, _opt("NSE codes, e.g. RELIANCE,TCS")] = None,
     symbols_file: Annotated[Path | None, _opt("one NSE code a line")] = None,
     universe: Annotated[str | None, _opt("nifty100, nifty50 or niftynext50")] = None,
-    start: Annotated[str | None, _opt("first session traded, YYYY-MM-DD")] = None,
-    end: Annotated[str | None, _opt("last session, YYYY-MM-DD")] = None,
+    start: Annotated[
+        str | None, _opt("first session traded, YYYY-MM-DD (default: the setting)")
+    ] = None,
+    end: Annotated[str | None, _opt("last session, YYYY-MM-DD (default: the setting)")] = None,
     strategy: Annotated[
-        str, _opt("swing, intraday, model or both (swing and intraday); commas for several")
+        str,
+        _opt(
+            "swing, intraday, both (swing and intraday) or model (with --run); commas for several "
+            "(default: swing)"
+        ),
     ] = "swing",
     source: Annotated[
         str | None, _opt("csv, breeze, hybrid or simulated; csv with --csv-dir")
@@ -592,14 +585,16 @@ def backtest(
     params: Annotated[
         list[str] | None, _opt("a parameter of strategy, account or costs, name=value, repeatable")
     ] = None,
-    capital: Annotated[float | None, _opt("cash at the start, INR")] = None,
+    capital: Annotated[
+        float | None, _opt("cash at the start, INR (default: the setting capital_inr)")
+    ] = None,
     run: Annotated[str | None, _opt("id of a finished run, or latest: its bars and scores")] = None,
     engine: Annotated[
-        str, _opt("kernel, or loop, which is slow and reads like the rules")
+        str, _opt("kernel, or loop, which is slow and reads like the rules (default: kernel)")
     ] = "kernel",
     output_dir: Annotated[Path | None, _opt("new folder (default: data/backtests/<time>)")] = None,
-    enable_telemetry: Annotated[bool, _opt("write a trace of every opinion and trade")] = False,
-    workers: Annotated[int | None, _opt("processes")] = None,
+    enable_telemetry: Annotated[bool, _opt("write traces of opinions and trades")] = False,
+    workers: Annotated[int | None, _opt("processes (default: the setting workers)")] = None,
     sim_symbols: Annotated[int | None, _opt("size of the simulated market")] = None,
     signal_ic: Annotated[float | None, _opt("planted one-day IC; 0 plants nothing")] = None,
     seed: Annotated[int | None, _opt("seed of the simulated market")] = None,
@@ -608,7 +603,15 @@ def backtest(
         list[str] | None, _opt("any other setting, NAME=VALUE, repeatable", "--set")
     ] = None,
 ) -> None:
-    "What a rule would have earned on these bars, after charges and slippage."
+    """What a rule would have earned on these bars, after charges and slippage.
+
+    Each strategy is an account of its own and a row in the ledger of trials. A finished run brings
+    bars, sessions and scores; those of a pooled run are traded by pooled_entry_score and
+    pooled_exit_score. Traces are all of them, or the part that trace_sample_frac names.
+
+    Ends with 0 when the accounts are written, 1 when bars or accounts failed, 2 when used wrongly
+    and 130 after Ctrl-C.
+    """
     given = dict(locals())
     try:
         asked = read_options(given)

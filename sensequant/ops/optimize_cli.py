@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'remember', 'recall', 'Sought', 'read_search', 'holding', 'folds_of', 'plan_of', 'make_job', 'Progress',
-           'tell', 'run_search', 'optimize']
+           'tell', 'market_options', 'run_search', 'optimize']
 
 # %% ../../nbs/9_ops/912_optimize_cli.ipynb #f00b3a3a
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -153,7 +153,7 @@ def folds_of(
         return make_folds(days, cut)
     except DataError as error:
         apart = f"{len(days)} sessions before the hold-out"
-        fix = "Begin earlier, or --set search_train_sessions=60"
+        fix = "Begin earlier, or --set search_train_sessions and search_test_sessions lower"
         raise DataError(error.must, apart, f"{days[0].date()} to {days[-1].date()}", fix) from None
 
 # %% ../../nbs/9_ops/912_optimize_cli.ipynb #ddcde473
@@ -238,6 +238,29 @@ def tell(summary: Mapping[str, Any], folder: Path) -> None:
     say(f"Next       sensequant report {folder} optimization; read {folder / 'deployment_plan.md'}")
 
 # %% ../../nbs/9_ops/912_optimize_cli.ipynb #998579b7
+_OF_MARKET = ("symbols", "symbols_file", "universe", "start", "end", "source", "csv_dir",
+              "csv_zone", "interval", "benchmark", "capital", "sim_symbols", "signal_ic", "seed",
+              "params", "set_")  # fmt: skip
+
+
+def market_options(
+    sought: Sought,
+    opened: Opened,
+    last: date,  # session of the last test part
+) -> list[str]:  # words
+    "The options with which `backtest` trades the market of a search."
+    changed = {} if opened.simulated or sought.asked.run_id else {"end": last}
+    words = ["--run", sought.asked.run_id] if sought.asked.run_id else []
+    words += ["--skip-fetch"] if sought.given["skip_fetch"] else []
+    for name in _OF_MARKET:
+        value = (dict(sought.given) | changed)[name]
+        for one in value if isinstance(value, list) else [value]:
+            shown = one.absolute() if isinstance(one, Path) else one
+            flag = "--" + name.strip("_").replace("_", "-")
+            words += [flag, str(shown)] if one is not None else []
+    return words
+
+# %% ../../nbs/9_ops/912_optimize_cli.ipynb #c3e87206
 def _search(sought: Sought, opened: Opened, meter: Meter) -> int:  # exit code
     "Search to the end, and leave the files."
     from sensequant.backtest.optimizer import Search
@@ -260,7 +283,9 @@ def _search(sought: Sought, opened: Opened, meter: Meter) -> int:  # exit code
     luck = luck_of(
         search_series(ledger, tried, job.plan.sampler), horizon, settings.seed, len(seen)
     )
-    summary = summarise(job, tried, {"run_id": sought.folder.name}, luck)
+    about: dict[str, Any] = {"run_id": sought.folder.name}
+    about["market_options"] = market_options(sought, opened, job.folds[-1].test_last.date())
+    summary = summarise(job, tried, about, luck)
     write_files(sought.folder, summary, config_lines(tried))
     tell(summary, sought.folder)
     return FINISHED
@@ -303,12 +328,16 @@ def run_search(sought: Sought) -> int:  # exit code
 # %% ../../nbs/9_ops/912_optimize_cli.ipynb #83053ed5
 def optimize(
     space: Annotated[Path | None, _opt("YAML or JSON file: parameters to seek, see below")] = None,
-    strategy: Annotated[str | None, _opt("swing, intraday, model or both (default: swing)")] = None,
+    strategy: Annotated[
+        str | None, _opt("swing, intraday, both or model, which needs --run (default: swing)")
+    ] = None,
     symbols: Annotated[str | None, _opt("NSE codes, e.g. RELIANCE,TCS")] = None,
     symbols_file: Annotated[Path | None, _opt("one NSE code a line")] = None,
     universe: Annotated[str | None, _opt("nifty100, nifty50 or niftynext50")] = None,
-    start: Annotated[str | None, _opt("first session, YYYY-MM-DD")] = None,
-    end: Annotated[str | None, _opt("last session, YYYY-MM-DD; the hold-out ends there")] = None,
+    start: Annotated[str | None, _opt("first session, YYYY-MM-DD (default: the setting)")] = None,
+    end: Annotated[
+        str | None, _opt("last session of the hold-out, which is not read (default: the setting)")
+    ] = None,
     source: Annotated[
         str | None, _opt("csv, breeze, hybrid or simulated; csv with --csv-dir")
     ] = None,
@@ -326,26 +355,38 @@ def optimize(
     params: Annotated[
         list[str] | None, _opt("a parameter of the baseline, name=value, repeatable")
     ] = None,
-    capital: Annotated[float | None, _opt("cash at the start, INR")] = None,
-    objective: Annotated[
-        str | None, _opt("composite, sharpe_ratio, hit_ratio, precision_long, win_rate, ...")
+    capital: Annotated[
+        float | None, _opt("cash at the start, INR (default: the setting capital_inr)")
     ] = None,
-    sampler: Annotated[str | None, _opt("tpe, random or grid")] = None,
+    objective: Annotated[
+        str | None,
+        _opt(
+            "composite, sharpe_ratio, precision_long, hit_ratio, win_rate, sortino_ratio, "
+            "total_return, max_drawdown, profit_factor or avg_return (default: search_objective)"
+        ),
+    ] = None,
+    sampler: Annotated[
+        str | None, _opt("tpe, random or grid (default: the setting search_sampler)")
+    ] = None,
     max_configs: Annotated[
-        int | None, typer.Option(help="configurations beside the baseline", min=1)
+        int | None,
+        typer.Option(help="beside the baseline (default: the setting search_max_configs)", min=1),
     ] = None,
     run_baseline: Annotated[
         bool | None, typer.Option(help="measure the parameters in force first (default: yes)")
     ] = None,
     telemetry_sample_rate: Annotated[
-        float | None, typer.Option(help="part of the predictions written", min=0, max=1)
+        float | None,
+        typer.Option(
+            help="part of the predictions written (default: trace_sample_frac)", min=0, max=1
+        ),
     ] = None,
     validate_only: Annotated[
         Path | None, _opt("folder of a finished search: measure its best again, seek nothing")
     ] = None,
     resume: Annotated[bool, _opt("go on with the search in --output-dir")] = False,
     output_dir: Annotated[Path | None, _opt("default: data/optimization/run_<time>")] = None,
-    workers: Annotated[int | None, _opt("processes")] = None,
+    workers: Annotated[int | None, _opt("processes (default: the setting workers)")] = None,
     sim_symbols: Annotated[int | None, _opt("size of the simulated market")] = None,
     signal_ic: Annotated[float | None, _opt("planted one-day IC; 0 plants nothing")] = None,
     seed: Annotated[int | None, _opt("seed of the simulated market and of the search")] = None,
@@ -357,11 +398,19 @@ def optimize(
     """Seek better parameters of a rule, out of fold, and say whether the best is luck.
 
     A space lists parameters under `parameters:`, e.g. `fast_sessions: {kind: int, low: 5, high: 30,
-    step: 5}`; kinds are int, float, log and choice (with choices: [...]).
+    step: 5}`; kinds are int, float, log and choice (with choices: [...]). The newest
+    holdout_sessions are never read; a finished run has left them out already.
+
+    Ends with 0 when the search ended, 1 when it failed, 2 when used wrongly, 3 when a validation
+    differs, 4 when another process searches in the folder and 130 after Ctrl-C.
     """
     given = dict(locals())
     try:
-        raise typer.Exit(run_search(read_search(given)))
+        sought = read_search(given)
+    except SenseQuantError as error:
+        raise refuse(error) from None
+    try:
+        raise typer.Exit(run_search(sought))
     except GateError as error:
         raise refuse(error, BUSY) from None
     except (BrokerError, DataError) as error:
