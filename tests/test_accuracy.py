@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from sensequant.backtest import accuracy
+from sensequant.backtest import accuracy, charts
 from sensequant.backtest.backtester import run_backtest
 from sensequant.core.errors import DataError
 from sensequant.core.testing import expect_fail, random_bars
@@ -40,6 +40,7 @@ from sensequant.trading.traces import (
     Trace,
     TraceRules,
     TraceWriter,
+    no_traces,
     read_traces,
     unpacked,
     write_traces,
@@ -375,6 +376,33 @@ def test_turning_every_word_around_mirrors_every_figure():
     assert one["profit_factor"] == pytest.approx(1 / other["profit_factor"])
     days = [accuracy.opinion_days(t, closes) for t in (traces, turned)]
     np.testing.assert_allclose(days[0], -days[1], atol=1e-12)
+
+
+@pytest.mark.parametrize("held", ["nothing", "only NOOP", "nothing known"])
+def test_a_report_can_be_made_of_traces_that_say_little(held):
+    traces, closes = opinions_on(5)
+    if held == "only NOOP":
+        traces = traces.assign(predicted_direction="NOOP")
+    elif held == "nothing known":
+        traces = traces[traces["actual_direction"].isna()]
+    else:
+        traces = no_traces()
+    days = accuracy.opinion_days(traces, closes)
+    found, losses = accuracy.measure(traces, days), accuracy.degradation(traces, days)
+    assert found["n_directional"] == 0 == len(days) and np.isnan(found["hit_ratio"])
+    assert (accuracy.losses_table(losses)["worse"] == "too few").all()
+    assert accuracy.figures_table({"one": found}).loc["win rate: made money (%)", "one"] == "n/a"
+    for by in accuracy.GROUPS:
+        table = accuracy.groups_table(accuracy.measure_by(traces, by))
+        assert (table["n"] == "0").all() and bool(len(table)) == bool(len(traces))
+    pair = accuracy.compare_strategies({"model": days, "rival": days})
+    told = accuracy.accuracy_verdict({"model": found, "rival": found}, pair, losses)
+    assert "n/a% right" in told or "had n/a%" in told
+    charts.confusion_matrix(accuracy.confusion(traces))
+    charts.return_distribution(accuracy.directional(traces)["realised_return"])
+    charts.rolling_chart(accuracy.rolling_accuracy(traces), 100, found["directional_precision"])
+    sure = traces["confidence"], traces["actual_direction"] == "LONG"
+    charts.calibration_curve(accuracy.calibration_table(*sure))
 
 
 # --- getting worse, or chance --------------------------------------------------------------------

@@ -344,6 +344,7 @@ def null_search(tmp_path_factory):
     words += ["--source", "simulated", "--sim-symbols", 5, "--signal-ic", 0, "--seed", 3]
     words += ["--start", "2022-01-03", "--end", "2024-12-31", "--capital", 1_000_000]
     words += ["--set", "search_train_sessions=100", "--telemetry-sample-rate", 0.5]
+    words += ["--set", "trace_compress=true"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SENSEQUANT_HOME", str(home))
         done = CliRunner().invoke(app, [*map(str, words), "--output-dir", str(home / "found")])
@@ -383,6 +384,8 @@ def test_telemetry_is_sampled_and_apart(null_search):
         kept, all_ = len(found.table(line["config_id"], "traces")), line["accuracy_metrics"]
         assert 0.3 < kept / all_["n_traces"] < 0.7
         assert len(found.table(line["config_id"], "trades")) == line["metrics"]["total_trades"]
+        files = (home / "found/telemetry" / line["config_id"]).glob("traces-*")
+        assert [f.suffix for f in files] == [".gz"], "written as the settings of traces say"
 
 
 def test_the_plan_names_paths_and_commands_that_exist(null_search, monkeypatch, tmp_path):

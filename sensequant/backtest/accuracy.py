@@ -199,7 +199,8 @@ def measure_by(
     elif closes is not None:
         days = {str(k): opinion_days(group, closes) for k, group in groups}
     rows = {str(k): _flat(measure(group, days.get(str(k)))) for k, group in groups}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(by)
+    none = pd.DataFrame(columns=list(_flat(measure(traces))), dtype=float)
+    return (pd.DataFrame.from_dict(rows, orient="index") if rows else none).rename_axis(by)
 
 # %% ../../nbs/6_backtest/62_accuracy.ipynb #548bd246
 LIMIT = 0.05  # p above which a difference is not told apart from luck

@@ -335,7 +335,9 @@ def _story(summary: Mapping[str, Any], counts: str, span: str) -> list[str]:
     return [
         f"Strategy `{summary['strategy']}` on {len(names)} symbols ({shown}), out of fold from "
         f"{span} in {len(summary['folds'])} folds. {summary['total_configs']} configurations by "
-        f"{plan['sampler']} for {plan['objective']}: {counts}. The score is the mean over folds."
+        f"{plan['sampler']} for {plan['objective']}: {counts}. The score is the mean over folds. "
+        f"All figures count every prediction; {plan['traces']['sample_frac']:.0%} of them are kept "
+        "one by one."
     ]
 
 
