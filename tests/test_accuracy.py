@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from sensequant.backtest import accuracy
+from sensequant.backtest import accuracy, charts
 from sensequant.backtest.backtester import run_backtest
 from sensequant.core.errors import DataError
 from sensequant.core.testing import expect_fail, random_bars
@@ -40,6 +40,7 @@ from sensequant.trading.traces import (
     Trace,
     TraceRules,
     TraceWriter,
+    no_traces,
     read_traces,
     unpacked,
     write_traces,
@@ -220,9 +221,12 @@ def test_a_file_caught_between_compression_and_removal_counts_once(tmp_path):
     assert numbers_of(read_traces(tmp_path).traces) == [1]
     plain.unlink()
     assert numbers_of(read_traces(tmp_path).traces) == [1]
-    plain.with_suffix(".csv.gz").write_bytes(b"\x1f\x8bno")
-    with expect_fail(DataError, "a file of traces must be readable"):
-        read_traces(tmp_path)
+    packed = plain.with_suffix(".csv.gz")
+    whole = packed.read_bytes()
+    for damaged in (b"\x1f\x8bno", whole[:-9], whole[:12] + bytes(8) + whole[20:]):
+        packed.write_bytes(damaged)
+        with pytest.raises(DataError, match=f"must be readable.*{packed.name}"):
+            read_traces(tmp_path)
 
 
 def test_a_full_disk_tears_nothing_and_the_rest_can_follow(tmp_path, monkeypatch):
@@ -280,8 +284,8 @@ def test_classes_are_scored_as_scikit_learn_does(pairs):
 # --- a market, and opinions on it ----------------------------------------------------------------
 
 
-def opinions_on(seed, n=220, symbols=4, skill=1.5):
-    """Traces of somebody who knows a little of the next five sessions, and the closes."""
+def said_on(seed, n=220, symbols=4, skill=1.5):
+    """Predictions of somebody who knows a little of the next five sessions, and the bars."""
     rng, parts = np.random.default_rng(seed), []
     walks = {f"S{i}": random_bars(n, seed=100 * seed + i) for i in range(symbols)}
     for name, bars in walks.items():
@@ -293,22 +297,51 @@ def opinions_on(seed, n=220, symbols=4, skill=1.5):
         known = bars.index.to_series().shift(-5) + pd.Timedelta(hours=15, minutes=30)
         part["label_known_at"] = known.array
         parts.append(part.assign(window_label="w", label="NOOP"))
-    predictions = pd.concat(parts, ignore_index=True)
+    return pd.concat(parts, ignore_index=True), walks
+
+
+def judged_on(predictions, walks):
+    """The traces of predictions, and the closes of the bars."""
     closes = pd.DataFrame({s: b["close"] for s, b in walks.items()})
     return opinion_traces(model_opinions(predictions), walks), closes
 
 
-def test_every_prediction_is_traced_and_none_knows_more_than_its_own_bars():
-    traces, closes = opinions_on(1)
+def opinions_on(seed, **how):
+    """Traces of somebody who knows a little of the next five sessions, and the closes."""
+    return judged_on(*said_on(seed, **how))
+
+
+def test_every_prediction_is_traced_and_entered_at_the_next_open():
+    predictions, walks = said_on(1)
+    traces, _ = judged_on(predictions, walks)
     assert len(traces) == 4 * 220 and traces["actual_direction"].isna().sum() == 4 * 5
-    entered = traces.dropna(subset=["entry_price_inr"])["timestamp"]
-    assert (entered.dt.strftime("%H:%M") == "09:15").all() and len(entered) == 4 * 219
-    days = accuracy.opinion_days(traces, closes)
-    cut = closes.index[120]
-    early = traces[traces["timestamp"] < cut]
-    before = accuracy.opinion_days(early, closes)
-    pd.testing.assert_series_equal(before[before.index < cut], days[days.index < cut])
-    shuffled = traces.sample(frac=1, random_state=1)
+    entered = traces.dropna(subset=["entry_price_inr"])
+    assert len(entered) == 4 * 219
+    for symbol, rows in entered.groupby("symbol"):
+        bars = walks[symbol]
+        said = pd.DatetimeIndex(unpacked(rows, "metadata")["ts"])
+        after = bars.index.get_indexer(said) + 1
+        assert (rows["entry_price_inr"].to_numpy() == bars["open"].to_numpy()[after]).all()
+        opened = bars.index[after] + pd.Timedelta(hours=9, minutes=15)
+        assert (pd.DatetimeIndex(rows["timestamp"]) == opened).all()
+        earned = predictions[predictions["symbol"] == symbol].set_index("ts")["forward_return"]
+        moved = rows["exit_price_inr"].to_numpy() / rows["entry_price_inr"].to_numpy() - 1
+        np.testing.assert_allclose(moved, earned.loc[said], atol=1e-12)
+
+
+def test_bars_that_come_later_change_no_trace_and_no_day_before_them():
+    predictions, walks = said_on(1)
+    cut = walks["S0"].index[120]
+    other = {s: b * np.where(b.index < cut, 1, 3)[:, None] for s, b in walks.items()}
+    (one, closes), (two, changed) = (judged_on(predictions, bars) for bars in (walks, other))
+    before = one["timestamp"] < cut
+    pd.testing.assert_frame_equal(one[before], two[before])
+    late = [t.loc[~before, "entry_price_inr"].dropna() for t in (one, two)]
+    assert (3 * late[0] == late[1]).all() and len(late[0]) > 300, "the later bars did change"
+    days, others = accuracy.opinion_days(one, closes), accuracy.opinion_days(two, changed)
+    pd.testing.assert_series_equal(days[days.index < cut], others[others.index < cut])
+    assert days[cut] != others[cut], "the day of the change did"
+    shuffled = one.sample(frac=1, random_state=1)
     pd.testing.assert_series_equal(accuracy.opinion_days(shuffled, closes), days)
 
 
@@ -343,6 +376,33 @@ def test_turning_every_word_around_mirrors_every_figure():
     assert one["profit_factor"] == pytest.approx(1 / other["profit_factor"])
     days = [accuracy.opinion_days(t, closes) for t in (traces, turned)]
     np.testing.assert_allclose(days[0], -days[1], atol=1e-12)
+
+
+@pytest.mark.parametrize("held", ["nothing", "only NOOP", "nothing known"])
+def test_a_report_can_be_made_of_traces_that_say_little(held):
+    traces, closes = opinions_on(5)
+    if held == "only NOOP":
+        traces = traces.assign(predicted_direction="NOOP")
+    elif held == "nothing known":
+        traces = traces[traces["actual_direction"].isna()]
+    else:
+        traces = no_traces()
+    days = accuracy.opinion_days(traces, closes)
+    found, losses = accuracy.measure(traces, days), accuracy.degradation(traces, days)
+    assert found["n_directional"] == 0 == len(days) and np.isnan(found["hit_ratio"])
+    assert (accuracy.losses_table(losses)["worse"] == "too few").all()
+    assert accuracy.figures_table({"one": found}).loc["win rate: made money (%)", "one"] == "n/a"
+    for by in accuracy.GROUPS:
+        table = accuracy.groups_table(accuracy.measure_by(traces, by))
+        assert (table["n"] == "0").all() and bool(len(table)) == bool(len(traces))
+    pair = accuracy.compare_strategies({"model": days, "rival": days})
+    told = accuracy.accuracy_verdict({"model": found, "rival": found}, pair, losses)
+    assert "n/a% right" in told or "had n/a%" in told
+    charts.confusion_matrix(accuracy.confusion(traces))
+    charts.return_distribution(accuracy.directional(traces)["realised_return"])
+    charts.rolling_chart(accuracy.rolling_accuracy(traces), 100, found["directional_precision"])
+    sure = traces["confidence"], traces["actual_direction"] == "LONG"
+    charts.calibration_curve(accuracy.calibration_table(*sure))
 
 
 # --- getting worse, or chance --------------------------------------------------------------------

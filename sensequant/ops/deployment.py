@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'DELTAS', 'NAMES', 'DeploymentTerms', 'thresholds', 'config_lines', 'results_table', 'flat_figures',
-           'sensitivity', 'summarise', 'markdown', 'compared', 'top_table', 'fold_table', 'confusion_change',
-           'headline', 'luck_lines', 'report_text', 'limits_table', 'plan_text', 'write_files', 'FinishedSearch',
-           'latest_search', 'open_search']
+           'sensitivity', 'summarise', 'compared', 'top_table', 'fold_table', 'confusion_change', 'headline',
+           'luck_lines', 'report_text', 'limits_table', 'plan_text', 'write_files', 'FinishedSearch', 'counted',
+           'traced', 'latest_search', 'open_search']
 
 # %% ../../nbs/9_ops/905_deployment.ipynb #5ceccdd7
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -18,12 +19,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..backtest.metrics import SESSIONS_A_YEAR
 from ..backtest.optimizer import Job, Tried, baseline_of, ranked
 from ..core.artifacts import Artifacts
 from ..core.errors import DataError
 from ..core.events import json_bytes, json_ready
 from ..core.types import IST
-from ..trading.traces import read_traces
+from ..govern.briefing import markdown_table
+from ..trading.traces import no_traces, read_traces
 
 # %% ../../nbs/9_ops/905_deployment.ipynb #28adff53
 @dataclass(frozen=True)
@@ -181,14 +184,6 @@ def summarise(
     }
 
 # %% ../../nbs/9_ops/905_deployment.ipynb #2d414195
-def markdown(
-    frame: pd.DataFrame,  # at most a dozen rows
-) -> list[str]:  # lines
-    "A table in Markdown."
-    rows = [list(frame.columns), ["---"] * frame.shape[1], *frame.astype(str).to_numpy().tolist()]
-    return ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-
-
 _PERCENT = {"win_rate", "total_return", "max_drawdown", "precision_long", "hit_ratio"}
 _PERCENT |= {"base_rate_long"}
 
@@ -224,6 +219,8 @@ def compared(
     summary: Mapping[str, Any],  # of `summarise`
 ) -> pd.DataFrame:  # metric, baseline, best, change: words
     "Baseline against best."
+    if summary["best"] is None:
+        raise DataError("a search must have ranked a configuration", "none", summary["run_id"])
     base = _flat(summary["baseline"]) if summary["baseline"] else {}
     best = _flat(summary["best"])
     rows = []
@@ -318,15 +315,16 @@ def report_text(
     text = [f"# {headline(summary)}", "", *_story(summary, counts, span), ""]
     if summary["best"] is None:
         return "\n".join(text + _reasons(lines)) + "\n"
-    text += ["## Baseline against best", "", *markdown(compared(summary)), ""]
-    text += ["## The five best", "", *markdown(top_table(lines)), ""]
+    text += ["## Baseline against best", "", *markdown_table(compared(summary)), ""]
+    text += ["## The five best", "", *markdown_table(top_table(lines)), ""]
     text += ["## Luck", "", *luck_lines(summary["luck"]), ""]
     felt = sensitivity(results_table(lines)).reset_index().round(3)
-    text += ["## Which parameter moved the score", "", *markdown(felt.head(12)), ""]
+    text += ["## Which parameter moved the score", "", *markdown_table(felt.head(12)), ""]
     text += ["## Not ranked", "", *_reasons(lines), ""]
-    text += ["## What to do", "", "`deployment_plan.md` says how a person may try the best one:"]
-    text += ["two weeks on paper, then 20, 50 and 100 % of the capital over four weeks, and back"]
-    text += ["to the baseline when its limits are passed. No setting was changed."]
+    if not _blocked(summary):
+        text += ["## What to do", "", "`deployment_plan.md` says how a person may try the best:"]
+        text += ["two weeks on paper, then 20, 50 and 100 % of the capital over four weeks, and"]
+        text += ["back to the baseline when its limits are passed. No setting was changed."]
     return "\n".join(text) + "\n"
 
 # %% ../../nbs/9_ops/905_deployment.ipynb #7c586b57
@@ -337,7 +335,9 @@ def _story(summary: Mapping[str, Any], counts: str, span: str) -> list[str]:
     return [
         f"Strategy `{summary['strategy']}` on {len(names)} symbols ({shown}), out of fold from "
         f"{span} in {len(summary['folds'])} folds. {summary['total_configs']} configurations by "
-        f"{plan['sampler']} for {plan['objective']}: {counts}. The score is the mean over folds."
+        f"{plan['sampler']} for {plan['objective']}: {counts}. The score is the mean over folds. "
+        f"All figures count every prediction; {plan['traces']['sample_frac']:.0%} of them are kept "
+        "one by one."
     ]
 
 
@@ -404,7 +404,8 @@ def _parameter_lines(summary: Mapping[str, Any]) -> list[str]:
     "The parameters as they would stand in `.env`."
     best, base = summary["best"]["parameters"], summary["baseline"]["parameters"]
     known = summary["identity"].get("settings", {})
-    told = ["Recommended parameters, as lines of `.env`; those that differ are marked:", "", "```"]
+    told = ["Recommended parameters, as lines of the settings file `.env`; those that differ are "
+            "marked:", "", "```"]  # fmt: skip
     for name, value in best.items():
         mark = f"  # now {_value(base.get(name))}" if value != base.get(name) else ""
         told.append(f"{known.get(name, name)}={value}{mark}")
@@ -412,7 +413,7 @@ def _parameter_lines(summary: Mapping[str, Any]) -> list[str]:
         *told,
         "```",
         "",
-        "They are kept in `configs.json` of this folder and nowhere else.",
+        "They are kept in the files of this search and nowhere else.",
         "",
     ]
 
@@ -422,14 +423,14 @@ def _paper_lines(summary: Mapping[str, Any], limits: pd.DataFrame, terms: Deploy
     best = summary["best"]["metrics"]
     pace = best["total_trades"] / max(best["n_sessions"], 1)
     wait = int(np.ceil(terms.min_trades / pace)) if pace > 0 else 0
-    noise = np.sqrt(252 / terms.passing_sessions)
+    noise = np.sqrt(SESSIONS_A_YEAR / terms.passing_sessions)
     need = f"at the backtest's pace {terms.min_trades} take {wait} sessions"
     return [
         f"## Phase 1: paper trading, {terms.paper_weeks} weeks",
         "",
         "Live data, no money. All of these must hold, read over the whole paper period:",
         "",
-        *markdown(limits_table(limits)),
+        *markdown_table(limits_table(limits)),
         "",
         f"- at least {terms.min_trades} closed trades, with 95 % intervals shown; {need}",
         f"- **{terms.passing_sessions} passing sessions in a row** end the phase; it lasts longer "
@@ -459,7 +460,7 @@ def _rollout_lines(terms: DeploymentTerms) -> list[str]:
         "",
         "## Phase 3: full production",
         "",
-        "- before: review by a second person, the rollback tried once, `.env` archived",
+        "- before: review by a second person, the rollback tried once, the settings file copied",
         "- then: enter the parameters, set the alert levels, restart, watch the first session",
         f"- {terms.watch_days} days of closer watch: daily in week 1, every second day in weeks 2 "
         "to 4, weekly after that",
@@ -485,9 +486,9 @@ def _rollback_lines(limits: pd.DataFrame, terms: DeploymentTerms) -> list[str]:
         f"- a drawdown beyond {_shown('max_drawdown', worst)} "
         f"({terms.drawdown_times:.0%} of the baseline's)",
         "",
-        "How: halt trading; put the archived `.env` back; restart; check that the baseline's "
-        "parameters are in force (`sensequant settings`); write down what happened and why before "
-        "anything is tried again.",
+        "How: halt trading; put the copy of the settings file back; restart; check that the "
+        "baseline's parameters are in force (`sensequant settings`); write down what happened and "
+        "why before anything is tried again.",
         "",
     ]
 
@@ -506,6 +507,7 @@ Prepared by `sensequant optimize`. Without three signatures a phase does not beg
 # %% ../../nbs/9_ops/905_deployment.ipynb #a99f0b1e
 def plan_text(
     summary: Mapping[str, Any],  # of `summarise`
+    folder: Path,  # of the search
     terms: DeploymentTerms | None = None,  # None: the specification's
 ) -> str:  # Markdown
     "How a person may try the best configuration, and what takes it back."
@@ -516,39 +518,55 @@ def plan_text(
     base, best = summary["baseline"], summary["best"]
     limits = thresholds(_flat(base), _flat(best), terms)
     lines = [f"# Deployment plan: {best['config_id']} of `{summary['run_id']}`", ""]
-    lines += [*_warning(summary["luck"]), "", "## Summary", "", *markdown(compared(summary)), ""]
+    lines += [
+        *_warning(summary["luck"]),
+        "",
+        "## Summary",
+        "",
+        *markdown_table(compared(summary)),
+        "",
+    ]
     lines += [*luck_lines(summary["luck"]), ""]
     lines += _metric_lines("Baseline, in force", base)
     lines += _metric_lines("Optimized, recommended", best) + _parameter_lines(summary)
     lines += _paper_lines(summary, limits, terms) + _rollout_lines(terms)
     lines += _rollback_lines(limits, terms)
-    return "\n".join(lines + _management(summary) + [_SIGNATURES, *_commands(summary)]) + "\n"
+    lines += [*_management(summary, folder), _SIGNATURES, *_commands(summary, folder)]
+    return "\n".join(lines) + "\n"
 
 # %% ../../nbs/9_ops/905_deployment.ipynb #3939ad4e
-def _management(summary: Mapping[str, Any]) -> list[str]:
+def _management(summary: Mapping[str, Any], folder: Path) -> list[str]:
     "Where everything is kept."
+    names = (summary["best"]["config_id"], summary["baseline"]["config_id"])
+    held = " and ".join(f"`{folder.absolute() / 'telemetry' / name}`" for name in names)
+    files = " and ".join(
+        f"`{folder.absolute() / name}`" for name in ("configs.json", "optimization_summary.json")
+    )
     return [
         "## Configuration management",
         "",
-        "- in force: `.env` and the defaults of `sensequant settings`; this search touched neither",
-        f"- recommended: `configs.json` and `optimization_summary.json` of `{summary['run_id']}`",
-        "- archive: `.env` copied to `archive/env_<date>` before each step, and a git tag",
-        "- telemetry: `telemetry/<config>/` of this folder, a folder for each configuration",
+        "- in force: what `sensequant settings` shows; this search changed nothing of it",
+        f"- recommended: {files}",
+        "- before each step: copy the settings file, where there is one, and tag the code",
+        f"- telemetry of best and baseline: {held}",
         "",
     ]
 
 # %% ../../nbs/9_ops/905_deployment.ipynb #084bb373
-def _commands(summary: Mapping[str, Any]) -> list[str]:
+def _commands(summary: Mapping[str, Any], folder: Path) -> list[str]:
     "What to type."
-    sets = " ".join(f"--params {k}={v}" for k, v in summary["best"]["parameters"].items())
-    where = summary["run_id"]
+    where = shlex.quote(str(folder.absolute()))
+    pairs = [w for k, v in summary["best"]["parameters"].items() for w in ("--params", f"{k}={v}")]
+    words = ["--strategy", summary["strategy"], *summary.get("market_options", ()), *pairs]
     return [
         "## Quick reference",
         "",
+        "Measure it again, within 5 %; draw the pictures; trade it in a single account:",
+        "",
         "```",
-        f"sensequant optimize --validate-only {where}   # measure it again, ±5 %",
-        f"sensequant report {where} optimization        # the pictures",
-        f"sensequant backtest --strategy {summary['strategy']} {sets}",
+        f"sensequant optimize --validate-only {where}",
+        f"sensequant report {where} optimization",
+        f"sensequant backtest {shlex.join(words)}",
         "```",
         "",
         "On call, risk desk and operations: fill in before phase 1.",
@@ -572,7 +590,7 @@ def write_files(
         "baseline_metrics.json": json_bytes(figures, pretty=True),
         "optimization_summary.json": json_bytes(summary, pretty=True),
         "accuracy_report.md": report_text(json_ready(summary), lines).encode(),
-        "deployment_plan.md": plan_text(summary).encode(),
+        "deployment_plan.md": plan_text(summary, folder).encode(),
     }
     return list(Artifacts(folder).write_all(files))
 
@@ -595,10 +613,38 @@ class FinishedSearch:
         "`daily`, `trades` or `traces` of a configuration that was measured, out of fold."
         folder = self.folder / "telemetry" / config_id
         if name == "traces":
-            return read_traces(folder).traces
+            return read_traces(folder).traces if list(folder.glob("traces-*")) else no_traces()
         return pd.read_parquet(folder / f"{name}.parquet")
 
+    def line(self, config_id: str) -> dict[str, Any]:
+        "What configs.json or the summary holds of a configuration."
+        held = filter(None, (*self.lines, self.summary["baseline"]))
+        return next(x for x in held if x["config_id"] == config_id)
 
+# %% ../../nbs/9_ops/905_deployment.ipynb #b02a6aa0
+def counted(
+    search: FinishedSearch,
+    config_id: str,
+) -> pd.DataFrame:  # (3, 3) counts, as of `accuracy.confusion`
+    "What was taken for what, over all predictions, whether or not they are kept as traces."
+    found = search.line(config_id)["accuracy_metrics"]
+    words = found["classes"]
+    table = pd.DataFrame(found["confusion_matrix"], words, words)
+    return table.rename_axis(index="actual", columns="predicted")
+
+
+def traced(
+    search: FinishedSearch,
+    config_id: str,
+) -> str:  # a sentence
+    "How many of the predictions can be looked at one by one."
+    every = search.line(config_id)["accuracy_metrics"]["n_traces"]
+    held = len(search.table(config_id, "traces"))
+    if held == every:
+        return f"All {every:,} predictions of {config_id} are kept as traces."
+    return f"A sample of {held:,} of the {every:,} predictions of {config_id} is kept as traces."
+
+# %% ../../nbs/9_ops/905_deployment.ipynb #2540bf6e
 def latest_search(
     home: Path,  # folder of data
 ) -> Path:

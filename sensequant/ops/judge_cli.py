@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -134,6 +134,7 @@ def open_accounts(
     names: Sequence[str],  # of strategies
     settings: Settings,
     pairs: Sequence[str] = (),  # name=value each, of the strategies' own parameters
+    pooled: bool = False,  # whether scores rank all symbols, as those of a pooled run do
 ) -> dict[str, Any]:  # Books by name of the account
     "An account for each strategy, every parameter given to those that know it."
     from sensequant.trading.strategies import make_strategies, tuned
@@ -141,6 +142,10 @@ def open_accounts(
     found = {}
     for name in names:
         books = make_strategies(name, settings.interval, settings)
+        if pooled:
+            from sensequant.backtest.rule_search import by_rank
+
+            books = by_rank(books, settings)
         known = _names(books)
         found[name] = tuned(books, [p for p in pairs if p.partition("=")[0] in known])
     return found
@@ -249,7 +254,27 @@ def _moods(asked: Asked, seen: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 # %% ../../nbs/9_ops/910_judge_cli.ipynb #fd01351d
-def from_feed(asked: Asked, meter: Meter) -> Opened:
+def _before_holdout(
+    bars: Mapping[str, Any],  # bars by symbol
+    start: date,  # first session traded
+    n_sessions: int,  # held out, the newest of the bars; 0 for none
+) -> dict[str, Any]:
+    "The bars that may be seen, and the symbols that have some; the rest is a run's hold-out."
+    from sensequant.data.bars import between
+    from sensequant.data.runs import holdout_start
+
+    first = holdout_start(max(b.index[-1].date() for b in bars.values()), n_sessions, start)
+    if first is None:
+        return dict(bars)
+    seen = {s: between(b, None, first - timedelta(days=1)) for s, b in bars.items()}
+    return {s: b for s, b in seen.items() if len(b)}
+
+# %% ../../nbs/9_ops/910_judge_cli.ipynb #3c3dbbbe
+def from_feed(
+    asked: Asked,
+    meter: Meter,
+    held_out: int = 0,  # newest sessions whose bars nobody may see, as a search must not
+) -> Opened:
     "The market that the settings name."
     import pandas as pd
 
@@ -269,12 +294,15 @@ def from_feed(asked: Asked, meter: Meter) -> Opened:
     if not usable:
         why = next((f"{r.symbol}: {r.reason}" for r in result.results if r.reason), None)
         raise DataError("at least one symbol must be usable", f"none of {len(result.results)}", why)
-    bars = read_range(store, feed.name, usable, result.span)
+    bars = _before_holdout(read_range(store, feed.name, usable, result.span), s.start, held_out)
     market = open_market(bars, s.interval, read_actions(actions_file(s.home)), feed.name)
     moods = _moods(asked, market.seen) if s.sentiment and not feed.simulated else {}
     market = replace(market, start=pd.Timestamp(s.start, tz=IST), sentiment=moods)
     told = _notes(result, left_out)
-    return Opened(market, feed.name, feed.simulated, _benchmark(asked, store, result), told)
+    index = _benchmark(asked, store, result)
+    last = market.grid.days[-1]
+    index = (index[0], index[1][index[1].index <= last]) if index else None
+    return Opened(market, feed.name, feed.simulated, index, told)
 
 # %% ../../nbs/9_ops/910_judge_cli.ipynb #08e74d41
 def _until(bars: Any, last: Any) -> Any:
@@ -413,13 +441,13 @@ def write_telemetry(asked: Asked, opened: Opened, results: Mapping[str, Any]) ->
         for name, (rule, _) in books.items():
             parts[f"{account}/{name}"] = book_traces(rule, opened.market, judged)
         parts[f"{account}/trades"] = trade_traces(results[account].trades, judged)
-    for place, traces in parts.items():
-        write_traces(traces, asked.folder / "traces" / place, how)
-    return sum(len(traces) for traces in parts.values())
+    folder = asked.folder / "traces"
+    return sum(write_traces(t, folder / place, how).written for place, t in parts.items())
 
 # %% ../../nbs/9_ops/910_judge_cli.ipynb #41e053c0
 def record_trials(asked: Asked, opened: Opened, results: Mapping[str, Any]) -> None:
     "A row of the ledger for each account."
+    from sensequant.backtest.rule_search import account_series
     from sensequant.core.ledger import Ledger, Trial, ledger_path, market_of
 
     config = config_of(asked, opened)
@@ -427,10 +455,8 @@ def record_trials(asked: Asked, opened: Opened, results: Mapping[str, Any]) -> N
     with Ledger(ledger_path(asked.settings.home)) as ledger:
         for name, result in results.items():
             own = config | {"accounts": {name: config["accounts"][name]}}
-            series = result.daily[["net_return", "benchmark_return"]].assign(ic=float("nan"))
-            series = series.fillna({"net_return": 0.0})  # of an account that has nothing left
-            trial = Trial("backtest", asked.folder.name, place[0], own, place[1], series)
-            ledger.record_trial(trial)
+            about = ("backtest", asked.folder.name, place[0], own, place[1])
+            ledger.record_trial(Trial(*about, account_series(result.daily)))
 
 # %% ../../nbs/9_ops/910_judge_cli.ipynb #9133910b
 def print_table(table: Any, console: Console | None = None) -> None:
@@ -462,21 +488,8 @@ def tell(asked: Asked, opened: Opened, results: Mapping[str, Any]) -> None:
     say(f"Files      {asked.folder}")
 
 # %% ../../nbs/9_ops/910_judge_cli.ipynb #117b8278
-_OF_A_RUN = ("source", "csv_dir", "csv_zone", "interval", "benchmark", "universe")
-_NO_SETTING = (
-    "symbols",
-    "symbols_file",
-    "universe",
-    "strategy",
-    "params",
-    "run",
-    "engine",
-    "output_dir",
-    "enable_telemetry",
-    "capital",
-    "skip_fetch",
-    "set_",
-)
+_OF_A_RUN = ("source", "csv_dir", "csv_zone", "interval", "benchmark", "universe", "start", "end",
+             "sim_symbols", "signal_ic")  # fmt: skip
 
 
 def _refuse_mixture(given: Mapping[str, Any]) -> None:
@@ -497,23 +510,24 @@ def read_options(
 ) -> Asked:
     "What a person asked for, or the refusal of it."
     from sensequant.data.runs import open_run, read_inputs
+    from sensequant.learn.tables import read_recipe
 
     _refuse_mixture(given)
-    fields = {k: v for k, v in given.items() if k not in _NO_SETTING and v is not None}
+    fields = {k: v for k, v in given.items() if k in Settings.model_fields and v is not None}
     fields |= {"source": "csv"} if given["csv_dir"] and not given["source"] else {}
     fields |= {"capital_inr": given["capital"]} if given["capital"] is not None else {}
     fields |= read_assignments(given["set_"] or [])
-    settings, run_id = load_settings(**fields), None
+    settings, run_id, pooled = load_settings(**fields), None, False
     if given["run"]:
         run = open_run(given["run"], settings.home)
         run_id, fields = run.run_id, fields | {"interval": str(read_inputs(run).interval)}
-        settings = load_settings(**fields)
+        settings, pooled = load_settings(**fields), read_recipe(run).scope == "pooled"
     names = read_strategies(given["strategy"])
     known = [n for books in open_accounts(names, settings).values() for n in _names(books)]
     pairs, others = split_params(given["params"] or [], list(dict.fromkeys(known)))
     settings = load_settings(**fields | others)
     symbols = read_symbols(given["symbols"], given["symbols_file"], given["universe"])
-    accounts = open_accounts(names, settings, pairs)
+    accounts = open_accounts(names, settings, pairs, pooled)
     folder = new_folder(settings.home, given["output_dir"])
     rest = (given["engine"], run_id, given["skip_fetch"], given["enable_telemetry"])
     return Asked(settings, tuple(symbols), given["universe"], accounts, folder, *rest)
@@ -533,8 +547,10 @@ def judge(asked: Asked) -> int:  # exit code
     write_accounts(asked, opened, results)
     traced = write_telemetry(asked, opened, results) if asked.telemetry else 0
     tell(asked, opened, results)
-    if traced:
-        say(f"Traces     {traced:,}, below traces/")
+    if asked.telemetry:
+        rate = asked.settings.trace_sample_frac
+        part = "every one" if rate == 1 else f"a sample of {rate:.0%}"
+        say(f"Traces     {traced:,} ({part}), below traces/")
     return FINISHED
 
 # %% ../../nbs/9_ops/910_judge_cli.ipynb #abb83fec
@@ -542,10 +558,16 @@ def backtest(
     symbols: Annotated[str | None, _opt("NSE codes, e.g. RELIANCE,TCS")] = None,
     symbols_file: Annotated[Path | None, _opt("one NSE code a line")] = None,
     universe: Annotated[str | None, _opt("nifty100, nifty50 or niftynext50")] = None,
-    start: Annotated[str | None, _opt("first session traded, YYYY-MM-DD")] = None,
-    end: Annotated[str | None, _opt("last session, YYYY-MM-DD")] = None,
+    start: Annotated[
+        str | None, _opt("first session traded, YYYY-MM-DD (default: the setting)")
+    ] = None,
+    end: Annotated[str | None, _opt("last session, YYYY-MM-DD (default: the setting)")] = None,
     strategy: Annotated[
-        str, _opt("swing, intraday, model or both (swing and intraday); commas for several")
+        str,
+        _opt(
+            "swing, intraday, both (swing and intraday) or model (with --run); commas for several "
+            "(default: swing)"
+        ),
     ] = "swing",
     source: Annotated[
         str | None, _opt("csv, breeze, hybrid or simulated; csv with --csv-dir")
@@ -563,14 +585,16 @@ def backtest(
     params: Annotated[
         list[str] | None, _opt("a parameter of strategy, account or costs, name=value, repeatable")
     ] = None,
-    capital: Annotated[float | None, _opt("cash at the start, INR")] = None,
+    capital: Annotated[
+        float | None, _opt("cash at the start, INR (default: the setting capital_inr)")
+    ] = None,
     run: Annotated[str | None, _opt("id of a finished run, or latest: its bars and scores")] = None,
     engine: Annotated[
-        str, _opt("kernel, or loop, which is slow and reads like the rules")
+        str, _opt("kernel, or loop, which is slow and reads like the rules (default: kernel)")
     ] = "kernel",
     output_dir: Annotated[Path | None, _opt("new folder (default: data/backtests/<time>)")] = None,
-    enable_telemetry: Annotated[bool, _opt("write a trace of every opinion and trade")] = False,
-    workers: Annotated[int | None, _opt("processes")] = None,
+    enable_telemetry: Annotated[bool, _opt("write traces of opinions and trades")] = False,
+    workers: Annotated[int | None, _opt("processes (default: the setting workers)")] = None,
     sim_symbols: Annotated[int | None, _opt("size of the simulated market")] = None,
     signal_ic: Annotated[float | None, _opt("planted one-day IC; 0 plants nothing")] = None,
     seed: Annotated[int | None, _opt("seed of the simulated market")] = None,
@@ -579,7 +603,15 @@ def backtest(
         list[str] | None, _opt("any other setting, NAME=VALUE, repeatable", "--set")
     ] = None,
 ) -> None:
-    "What a rule would have earned on these bars, after charges and slippage."
+    """What a rule would have earned on these bars, after charges and slippage.
+
+    Each strategy is an account of its own and a row in the ledger of trials. A finished run brings
+    bars, sessions and scores; those of a pooled run are traded by pooled_entry_score and
+    pooled_exit_score. Traces are all of them, or the part that trace_sample_frac names.
+
+    Ends with 0 when the accounts are written, 1 when bars or accounts failed, 2 when used wrongly
+    and 130 after Ctrl-C.
+    """
     given = dict(locals())
     try:
         asked = read_options(given)

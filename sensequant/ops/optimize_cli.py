@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'remember', 'recall', 'Sought', 'read_search', 'holding', 'folds_of', 'plan_of', 'make_job', 'Progress',
-           'tell', 'run_search', 'optimize']
+           'tell', 'market_options', 'run_search', 'optimize']
 
 # %% ../../nbs/9_ops/912_optimize_cli.ipynb #f00b3a3a
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from dataclasses import asdict, dataclass, replace
+from datetime import date, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -126,15 +126,18 @@ def holding(
     books: Mapping[str, Any],  # Books of the strategy
     space: Any,  # Space
     horizon: int,  # sessions that a model's prediction lasts
+    whole: int,  # sessions of a test part, after which every position is closed
 ) -> int:  # sessions
     "How long a position of any configuration may last, which is what folds are purged by."
-    if any(rule.name == "model" for rule, _ in books.values()):
+    rules = [rule for rule, _ in books.values()]
+    if any(rule.name == "model" for rule in rules):
         return horizon
-    longest = [rule.limits["max_hold_sessions"] for rule, _ in books.values()]
-    longest += [int(d.high or 0) for d in space.dimensions if d.name == "max_hold_sessions"]
-    return max(longest)
+    limits = [rule.limits["max_hold_sessions"] for rule in rules if rule.name != "intraday"]
+    for d in (d for d in space.dimensions if d.name == "max_hold_sessions"):
+        limits += [int(v) for v in (*d.choices, d.low, d.high) if isinstance(v, int | float)]
+    return max((min(n, whole) or whole for n in limits), default=0)
 
-# %% ../../nbs/9_ops/912_optimize_cli.ipynb #fc529336
+# %% ../../nbs/9_ops/912_optimize_cli.ipynb #c739d5c5
 def folds_of(
     sought: Sought,
     opened: Opened,
@@ -145,26 +148,26 @@ def folds_of(
     from sensequant.trading.grid import part
 
     s, days = sought.asked.settings, part(opened.market.grid, opened.market.start)[0].days
-    kept = days if sought.asked.run_id else days[: -s.holdout_sessions]
     cut = WalkForward(s.search_train_sessions, s.search_test_sessions, purge, s.embargo_sessions)
     try:
-        return make_folds(kept, cut)
+        return make_folds(days, cut)
     except DataError as error:
-        apart = f"{len(days)} sessions, {len(days) - len(kept)} of them held out"
-        fix = "Begin earlier, or --set search_train_sessions=60"
+        apart = f"{len(days)} sessions before the hold-out"
+        fix = "Begin earlier, or --set search_train_sessions and search_test_sessions lower"
         raise DataError(error.must, apart, f"{days[0].date()} to {days[-1].date()}", fix) from None
 
 # %% ../../nbs/9_ops/912_optimize_cli.ipynb #ddcde473
 def plan_of(sought: Sought) -> Any:  # SearchPlan
     "How to search: as typed, else as the settings say."
     from sensequant.backtest.optimizer import SearchPlan
+    from sensequant.trading.traces import trace_rules
 
     s, given = sought.asked.settings, sought.given
     asked = {k: given[k] for k in ("sampler", "objective", "max_configs")}
     named = {k: v if v is not None else getattr(s, f"search_{k}") for k, v in asked.items()}
     rate = given["telemetry_sample_rate"]
-    rest: dict[str, Any] = {"seed": s.seed, "batch": s.search_batch}
-    rest["sample_frac"] = s.trace_sample_frac if rate is None else rate
+    written = trace_rules(s) if rate is None else replace(trace_rules(s), sample_frac=rate)
+    rest: dict[str, Any] = {"seed": s.seed, "batch": s.search_batch, "traces": written}
     return SearchPlan(**named, **rest, min_trades=s.search_min_trades)
 
 # %% ../../nbs/9_ops/912_optimize_cli.ipynb #eae94ecf
@@ -189,7 +192,7 @@ def make_job(
     index = opened.benchmark[1] if opened.benchmark else None
     rules = (rules_of(s), opened.market, about, accuracy_rules(s), index)
     evaluator = RuleEvaluator(sought.strategy, books, *rules)
-    purge = holding(books, space, s.horizon_days)
+    purge = holding(books, space, s.horizon_days, s.search_test_sessions)
     job = Job(evaluator, space, folds_of(sought, opened, purge), plan_of(sought))
     return job, max(purge, 1)
 
@@ -235,6 +238,29 @@ def tell(summary: Mapping[str, Any], folder: Path) -> None:
     say(f"Next       sensequant report {folder} optimization; read {folder / 'deployment_plan.md'}")
 
 # %% ../../nbs/9_ops/912_optimize_cli.ipynb #998579b7
+_OF_MARKET = ("symbols", "symbols_file", "universe", "start", "end", "source", "csv_dir",
+              "csv_zone", "interval", "benchmark", "capital", "sim_symbols", "signal_ic", "seed",
+              "params", "set_")  # fmt: skip
+
+
+def market_options(
+    sought: Sought,
+    opened: Opened,
+    last: date,  # session of the last test part
+) -> list[str]:  # words
+    "The options with which `backtest` trades the market of a search."
+    changed = {} if opened.simulated or sought.asked.run_id else {"end": last}
+    words = ["--run", sought.asked.run_id] if sought.asked.run_id else []
+    words += ["--skip-fetch"] if sought.given["skip_fetch"] else []
+    for name in _OF_MARKET:
+        value = (dict(sought.given) | changed)[name]
+        for one in value if isinstance(value, list) else [value]:
+            shown = one.absolute() if isinstance(one, Path) else one
+            flag = "--" + name.strip("_").replace("_", "-")
+            words += [flag, str(shown)] if one is not None else []
+    return words
+
+# %% ../../nbs/9_ops/912_optimize_cli.ipynb #c3e87206
 def _search(sought: Sought, opened: Opened, meter: Meter) -> int:  # exit code
     "Search to the end, and leave the files."
     from sensequant.backtest.optimizer import Search
@@ -254,8 +280,12 @@ def _search(sought: Sought, opened: Opened, meter: Meter) -> int:  # exit code
     known, span = job.evaluator.identity(), (job.folds[0].test_first, job.folds[-1].test_last)
     days = [d.date() for d in span]
     seen = ledger.overlapping(known["market"], known["symbols"], *days)
-    luck = luck_of(search_series(ledger, tried), horizon, settings.seed, len(seen))
-    summary = summarise(job, tried, {"run_id": sought.folder.name}, luck)
+    luck = luck_of(
+        search_series(ledger, tried, job.plan.sampler), horizon, settings.seed, len(seen)
+    )
+    about: dict[str, Any] = {"run_id": sought.folder.name}
+    about["market_options"] = market_options(sought, opened, job.folds[-1].test_last.date())
+    summary = summarise(job, tried, about, luck)
     write_files(sought.folder, summary, config_lines(tried))
     tell(summary, sought.folder)
     return FINISHED
@@ -282,9 +312,10 @@ def _validate(sought: Sought, opened: Opened) -> int:  # exit code
 # %% ../../nbs/9_ops/912_optimize_cli.ipynb #d0923e2a
 def run_search(sought: Sought) -> int:  # exit code
     "Open the market, then search or validate."
-    meter = Meter()
+    asked, meter = sought.asked, Meter()
+    kept = asked.settings.holdout_sessions
     try:
-        opened = from_run(sought.asked) if sought.asked.run_id else from_feed(sought.asked, meter)
+        opened = from_run(asked) if asked.run_id else from_feed(asked, meter, kept)
         for note in opened.notes:
             say(f"warning: {note}")
         return _validate(sought, opened) if sought.validate else _search(sought, opened, meter)
@@ -297,12 +328,16 @@ def run_search(sought: Sought) -> int:  # exit code
 # %% ../../nbs/9_ops/912_optimize_cli.ipynb #83053ed5
 def optimize(
     space: Annotated[Path | None, _opt("YAML or JSON file: parameters to seek, see below")] = None,
-    strategy: Annotated[str | None, _opt("swing, intraday, model or both (default: swing)")] = None,
+    strategy: Annotated[
+        str | None, _opt("swing, intraday, both or model, which needs --run (default: swing)")
+    ] = None,
     symbols: Annotated[str | None, _opt("NSE codes, e.g. RELIANCE,TCS")] = None,
     symbols_file: Annotated[Path | None, _opt("one NSE code a line")] = None,
     universe: Annotated[str | None, _opt("nifty100, nifty50 or niftynext50")] = None,
-    start: Annotated[str | None, _opt("first session, YYYY-MM-DD")] = None,
-    end: Annotated[str | None, _opt("last session, YYYY-MM-DD; the hold-out ends there")] = None,
+    start: Annotated[str | None, _opt("first session, YYYY-MM-DD (default: the setting)")] = None,
+    end: Annotated[
+        str | None, _opt("last session of the hold-out, which is not read (default: the setting)")
+    ] = None,
     source: Annotated[
         str | None, _opt("csv, breeze, hybrid or simulated; csv with --csv-dir")
     ] = None,
@@ -320,26 +355,38 @@ def optimize(
     params: Annotated[
         list[str] | None, _opt("a parameter of the baseline, name=value, repeatable")
     ] = None,
-    capital: Annotated[float | None, _opt("cash at the start, INR")] = None,
-    objective: Annotated[
-        str | None, _opt("composite, sharpe_ratio, hit_ratio, precision_long, win_rate, ...")
+    capital: Annotated[
+        float | None, _opt("cash at the start, INR (default: the setting capital_inr)")
     ] = None,
-    sampler: Annotated[str | None, _opt("tpe, random or grid")] = None,
+    objective: Annotated[
+        str | None,
+        _opt(
+            "composite, sharpe_ratio, precision_long, hit_ratio, win_rate, sortino_ratio, "
+            "total_return, max_drawdown, profit_factor or avg_return (default: search_objective)"
+        ),
+    ] = None,
+    sampler: Annotated[
+        str | None, _opt("tpe, random or grid (default: the setting search_sampler)")
+    ] = None,
     max_configs: Annotated[
-        int | None, typer.Option(help="configurations beside the baseline", min=1)
+        int | None,
+        typer.Option(help="beside the baseline (default: the setting search_max_configs)", min=1),
     ] = None,
     run_baseline: Annotated[
         bool | None, typer.Option(help="measure the parameters in force first (default: yes)")
     ] = None,
     telemetry_sample_rate: Annotated[
-        float | None, typer.Option(help="part of the predictions written", min=0, max=1)
+        float | None,
+        typer.Option(
+            help="part of the predictions written (default: trace_sample_frac)", min=0, max=1
+        ),
     ] = None,
     validate_only: Annotated[
         Path | None, _opt("folder of a finished search: measure its best again, seek nothing")
     ] = None,
     resume: Annotated[bool, _opt("go on with the search in --output-dir")] = False,
     output_dir: Annotated[Path | None, _opt("default: data/optimization/run_<time>")] = None,
-    workers: Annotated[int | None, _opt("processes")] = None,
+    workers: Annotated[int | None, _opt("processes (default: the setting workers)")] = None,
     sim_symbols: Annotated[int | None, _opt("size of the simulated market")] = None,
     signal_ic: Annotated[float | None, _opt("planted one-day IC; 0 plants nothing")] = None,
     seed: Annotated[int | None, _opt("seed of the simulated market and of the search")] = None,
@@ -351,11 +398,19 @@ def optimize(
     """Seek better parameters of a rule, out of fold, and say whether the best is luck.
 
     A space lists parameters under `parameters:`, e.g. `fast_sessions: {kind: int, low: 5, high: 30,
-    step: 5}`; kinds are int, float, log and choice (with choices: [...]).
+    step: 5}`; kinds are int, float, log and choice (with choices: [...]). The newest
+    holdout_sessions are never read; a finished run has left them out already.
+
+    Ends with 0 when the search ended, 1 when it failed, 2 when used wrongly, 3 when a validation
+    differs, 4 when another process searches in the folder and 130 after Ctrl-C.
     """
     given = dict(locals())
     try:
-        raise typer.Exit(run_search(read_search(given)))
+        sought = read_search(given)
+    except SenseQuantError as error:
+        raise refuse(error) from None
+    try:
+        raise typer.Exit(run_search(sought))
     except GateError as error:
         raise refuse(error, BUSY) from None
     except (BrokerError, DataError) as error:

@@ -287,14 +287,21 @@ def report(
         str, typer.Argument(help="id of a run or a search, latest, or a folder")
     ] = "latest",
     kind: Annotated[
-        str | None, typer.Argument(help="accuracy, optimization ...; none: the run's own pages")
+        str | None, typer.Argument(help="accuracy or optimization; none: the run's own pages")
     ] = None,
-    form: Annotated[str | None, typer.Option("--format", help="html, md or pdf")] = None,
+    form: Annotated[
+        str | None, typer.Option("--format", help="html (the default), md or pdf")
+    ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="a parameter of the report, NAME=VALUE")
+        list[str] | None,
+        typer.Option("--set", help="a parameter of the report, NAME=VALUE, repeatable"),
     ] = None,
 ) -> None:
-    "Make a report about a finished run, or the run's own pages anew."
+    """Make a report about a finished run, or the run's own pages anew.
+
+    It is written beside the run's pages, or into the folder of a search; pdf needs Chromium. Ends
+    with 0 when it is written, 1 when the report stopped and 2 when used wrongly.
+    """
     from sensequant.ops import orchestrator as o
 
     try:

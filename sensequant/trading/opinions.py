@@ -10,7 +10,7 @@ __all__ = ['SIGN', 'AccuracyRules', 'accuracy_rules', 'opens_at', 'model_opinion
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -177,36 +177,66 @@ def _episodes(
     return starts, np.minimum(left, end), left > end, starts < end
 
 # %% ../../nbs/4_trading/47_opinions.ipynb #5195b3f5
-def _signals_of(
+class _Opinions(NamedTuple):
+    "Opinions in numbers; rows are of the grid."
+
+    column: np.ndarray  # of the symbol
+    said: np.ndarray  # row after which it was said
+    begin: np.ndarray  # row of the entry
+    end: np.ndarray  # row of the exit
+    at_close: np.ndarray  # whether that is at its close
+    acted: np.ndarray  # whether there was an entry
+    worth: np.ndarray  # INR at the exit, of a share of the entry
+
+
+def _opinions_on(
     grid: Grid,
     signals: Signals,
     column: int,  # of the symbol
     overnight: bool,
-) -> pd.DataFrame:  # TRACE_COLUMNS but strategy, actual direction and return
+) -> _Opinions:
     "The opinions on one symbol, in the shares of their entry."
     rows = np.flatnonzero(~np.isnan(grid.close[:, column]))
     want = signals.want[rows, column]
     starts, exits, at_close, acted = _episodes(want, grid.session[rows], overnight)
-    begin = rows[np.minimum(starts + 1, exits)]
-    end, index = rows[exits], opens_at(grid.index)
+    begin, end = rows[np.minimum(starts + 1, exits)], rows[exits]
     shares, paid = _share_value(grid, column)
     price = np.where(at_close, grid.close[end, column], grid.open[end, column])
     worth = (price * shares[end] + paid[end] - paid[begin]) / shares[begin]
-    over = index[end].where(~at_close, session_ends(grid.index[end]))
-    told = signals.want[rows[starts], column]
-    return pd.DataFrame(
-        {
-            "timestamp": index[begin].where(acted, session_ends(grid.index[rows[starts]])),
-            "symbol": grid.symbols[column],
-            "predicted_direction": _WORDS[told.astype(int) + 1],
-            "confidence": np.where(told != 0, signals.confidence[rows[starts], column], np.nan),
-            "entry_price_inr": np.where(acted, grid.open[begin, column], np.nan),
-            "exit_price_inr": np.where(acted, worth, np.nan),
-            "holding_minutes": np.where(acted, _minutes(over - index[begin]), np.nan),
-            "features": "{}",
-            "metadata": [f'{{"ts":"{t.isoformat()}"}}' for t in grid.index[rows[starts]]],
-        }
-    )
+    where = np.full(len(starts), column)
+    return _Opinions(where, rows[starts], begin, end, at_close, acted, worth)
+
+
+def _stamps(
+    index: pd.DatetimeIndex,
+    rows: np.ndarray,  # of the index; many are the same where many symbols speak at once
+) -> np.ndarray:  # JSON objects
+    "The moment of each row, as metadata says it."
+    once, which = np.unique(rows, return_inverse=True)
+    return np.array([f'{{"ts":"{t.isoformat()}"}}' for t in index[once]], object)[which]
+
+
+def _rows_of(
+    grid: Grid,
+    signals: Signals,
+    o: _Opinions,  # of all symbols
+) -> pd.DataFrame:  # TRACE_COLUMNS but strategy, actual direction and return
+    "Opinions as times and words."
+    index, ends = opens_at(grid.index), session_ends(grid.index)
+    told = signals.want[o.said, o.column]
+    over = index[o.end].where(~o.at_close, ends[o.end])
+    columns = {
+        "timestamp": index[o.begin].where(o.acted, ends[o.said]),
+        "symbol": np.array(grid.symbols)[o.column],
+        "predicted_direction": _WORDS[told.astype(int) + 1],
+        "confidence": np.where(told != 0, signals.confidence[o.said, o.column], np.nan),
+        "entry_price_inr": np.where(o.acted, grid.open[o.begin, o.column], np.nan),
+        "exit_price_inr": np.where(o.acted, o.worth, np.nan),
+        "holding_minutes": np.where(o.acted, _minutes(over - index[o.begin]), np.nan),
+        "features": "{}",
+        "metadata": _stamps(grid.index, o.said),
+    }
+    return pd.DataFrame(columns)
 
 # %% ../../nbs/4_trading/47_opinions.ipynb #14965303
 def signal_traces(
@@ -217,8 +247,9 @@ def signal_traces(
 ) -> pd.DataFrame:  # TRACE_COLUMNS
     "A trace of every opinion of a rule, whether or not the account followed it."
     overnight = strategy != "intraday"
-    parts = [_signals_of(grid, signals, k, overnight) for k in range(len(grid.symbols))]
-    rows = pd.concat(parts, ignore_index=True).assign(strategy=strategy)
+    parts = [_opinions_on(grid, signals, k, overnight) for k in range(len(grid.symbols))]
+    together = _Opinions(*map(np.concatenate, zip(*parts, strict=True)))
+    rows = _rows_of(grid, signals, together).assign(strategy=strategy)
     return _finished(rows, (rules or AccuracyRules()).threshold(strategy))
 
 # %% ../../nbs/4_trading/47_opinions.ipynb #2cdab73c

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRACE_COLUMNS', 'NAN', 'TRACE_FILES', 'Trace', 'trace_line', 'TraceRules', 'trace_rules', 'is_sampled', 'TraceFile',
-           'TraceWriter', 'write_traces', 'TracesRead', 'read_traces', 'unpacked']
+           'TraceWriter', 'write_traces', 'TracesRead', 'no_traces', 'read_traces', 'unpacked']
 
 # %% ../../nbs/4_trading/46_traces.ipynb #a83caffd
 import csv
@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -321,8 +322,9 @@ def _whole_lines(
     try:
         data = path.read_bytes()
         data = gzip.decompress(data) if path.suffix == ".gz" else data
-    except (OSError, EOFError) as error:
-        raise DataError("a file of traces must be readable", error, path) from error
+    except (OSError, EOFError, zlib.error) as error:
+        fix = "Remove it, or put a whole copy in its place"
+        raise DataError("a file of traces must be readable", error, path, fix) from error
     whole = data[: data.rfind(b"\n") + 1]
     return whole, len(whole) < len(data)
 
@@ -342,6 +344,11 @@ def _parsed(data: bytes, path: Path) -> pd.DataFrame:
     return table.to_pandas().astype(words)
 
 # %% ../../nbs/4_trading/46_traces.ipynb #03b450df
+def no_traces() -> pd.DataFrame:  # TRACE_COLUMNS
+    "A table of traces without a row, as it is where nothing was kept."
+    return _parsed(_HEADER, Path(TRACE_FILES))
+
+# %% ../../nbs/4_trading/46_traces.ipynb #04275fb2
 def _files(where: Path) -> list[Path]:
     "The files of traces in a folder and below it; one that is compressed counts once."
     if not where.is_dir():
@@ -362,7 +369,7 @@ def read_traces(
         raise DataError("there must be traces to read", "none", ", ".join(map(str, places)))
     read = {f: _whole_lines(f) for f in files}
     parts = [_parsed(data, f) for f, (data, _) in read.items() if data]
-    frame = pd.concat(parts) if parts else _parsed(_HEADER, files[0])
+    frame = pd.concat(parts) if parts else no_traces()
     if strategy is not None:
         frame = frame[frame["strategy"] == strategy]
     frame = frame.sort_values(["timestamp", "strategy", "symbol"], kind="stable", ignore_index=True)
