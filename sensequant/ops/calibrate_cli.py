@@ -157,7 +157,6 @@ def write_report(
     from sensequant.core.artifacts import write_atomic
     from sensequant.core.events import json_bytes
     from sensequant.core.plots import png
-    from sensequant.govern.briefing import markdown_table
     from sensequant.govern.pages import Heading, frame_page, prose, write_page
 
     table = rate_table(*(one["summary"] for one in held))
@@ -166,8 +165,13 @@ def write_report(
     write_atomic(folder / "promotion_rates.png", picture)
     source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
     shown = f'<img alt="promotion rates" src="{source}">'
+    rows = [
+        table.columns.tolist(),
+        ["---"] * table.shape[1],
+        *table.astype(str).to_numpy().tolist(),
+    ]
     text = "# How often does the gate promote?\n\n" + "".join(f"- {_lines(one)}\n" for one in held)
-    text += "\n" + "\n".join(markdown_table(table)) + "\n"
+    text += "\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
     status = "partial" if any(one["missing"] for one in held) else "success"
     heading = Heading("Calibration of the gate", status)
     return write_page(folder / "calibration.html", frame_page(heading, prose(text) + shown))
