@@ -231,13 +231,15 @@ def test_the_thresholds_of_a_run_can_be_sought(copied_run, tmp_path):
         json.dumps({"parameters": {"entry_score": {"kind": "choice", "choices": [0.05, 0.2]}}})
     )
     words = ["--space", tmp_path / "space.json", "--strategy", "model", "--sampler", "grid"]
-    words += ["--set", f"home={copied_run.home}", "--run", copied_run.run_id]
+    words += ["--set", f"home={copied_run.home}", "--run", "latest"]
     words += ["--set", "search_train_sessions=20", "--set", "search_test_sessions=40"]
     words += ["--output-dir", tmp_path / "found"]
     told = CliRunner().invoke(app, ["optimize", *map(str, words)])
     assert told.exit_code == 0, told.output
     search = open_search(tmp_path / "found")
     assert search.summary["states"]["failed"] == 0 and len(search.lines) == 2
+    kept = json.loads((tmp_path / "found/options.json").read_text())["options"]
+    assert kept["run"] == copied_run.run_id, "another run may be the latest when it goes on"
     bought = {x["parameters"]["entry_score"]: x["metrics"]["total_trades"] for x in search.lines}
     assert bought[0.05] > bought[0.2] > 0
     assert (

@@ -274,7 +274,7 @@ def _search(sought: Sought, opened: Opened, meter: Meter) -> int:  # exit code
     meter.stage("search", job.plan.max_configs + how["baseline"])
     search = Search(sought.folder, ledger, settings.workers, watch=Progress(meter), **how)
     if not sought.resume:
-        remember(sought.folder, sought.given, sought.space)
+        remember(sought.folder, {**sought.given, "run": sought.asked.run_id}, sought.space)
     tried = search.run(job)
     meter.end()
     known, span = job.evaluator.identity(), (job.folds[0].test_first, job.folds[-1].test_last)
@@ -327,7 +327,7 @@ def run_search(sought: Sought) -> int:  # exit code
 
 # %% ../../nbs/9_ops/912_optimize_cli.ipynb #83053ed5
 def optimize(
-    space: Annotated[Path | None, _opt("YAML or JSON file: parameters to seek, see below")] = None,
+    space: Annotated[Path | None, _opt("YAML or JSON file: parameters to seek, see above")] = None,
     strategy: Annotated[
         str | None, _opt("swing, intraday, both or model, which needs --run (default: swing)")
     ] = None,
