@@ -471,25 +471,25 @@ def rank_ic(
 
 # %% ../../nbs/6_backtest/60_metrics.ipynb #f35cb4df
 def fills_of(
-    trades: pd.DataFrame,  # symbol, quantity, entry_ts, exit_ts, entry_price_inr, exit_price_inr
+    trades: pd.DataFrame,  # symbol, quantity, reason, and of entry and exit: _ts, _price_inr
     bars: Mapping[str, pd.DataFrame],  # by symbol, column volume (shares), by ts of the fills
-) -> (
-    pd.DataFrame
-):  # symbol, ts, value_inr, participation (fraction of the bar's volume), two a trade
+) -> pd.DataFrame:  # symbol, ts, value_inr, participation (fraction of the bar's volume)
     "Every purchase and sale beside the volume that was there to take it."
+    names = ["symbol", "quantity", "reason", "ts", "price"]
     legs = [
-        trades[["symbol", "quantity", f"{leg}_ts", f"{leg}_price_inr"]].set_axis(
-            ["symbol", "quantity", "ts", "price"], axis=1
-        )
+        trades[[*names[:3], f"{leg}_ts", f"{leg}_price_inr"]].set_axis(names, axis=1)
         for leg in ("entry", "exit")
     ]
     fills = pd.concat(legs, ignore_index=True)
     volume = pd.Series(np.nan, fills.index)
     for symbol, rows in fills.groupby("symbol"):
         volume[rows.index] = bars[symbol]["volume"].reindex(rows["ts"]).to_numpy(dtype=float)
-    if not (volume > 0).all():
-        found = fills.loc[~(volume > 0), ["symbol", "ts"]].iloc[0].to_dict()
+    silent = ~(volume > 0)
+    valued = silent & (fills["reason"] == "backtest_end") & (fills.index >= len(trades))
+    if (silent & ~valued).any():
+        found = fills.loc[silent & ~valued, ["symbol", "ts"]].iloc[0].to_dict()
         raise DataError("every fill needs a bar with volume", found, "fills")
+    fills, volume = fills[~valued], volume[~valued]
     shares = fills["quantity"].abs()
     columns = {"value_inr": shares * fills["price"], "participation": shares / volume}
     return fills[["symbol", "ts"]].assign(**columns)
