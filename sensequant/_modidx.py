@@ -4456,6 +4456,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'sensequant/ops/judge_cli.py'),
                                           'sensequant.ops.judge_cli._beside': ( '9_ops/judge_cli.html#_beside',
                                                                                 'sensequant/ops/judge_cli.py'),
+                                          'sensequant.ops.judge_cli._happened': ( '9_ops/judge_cli.html#_happened',
+                                                                                  'sensequant/ops/judge_cli.py'),
                                           'sensequant.ops.judge_cli._ingested': ( '9_ops/judge_cli.html#_ingested',
                                                                                   'sensequant/ops/judge_cli.py'),
                                           'sensequant.ops.judge_cli._moods': ('9_ops/judge_cli.html#_moods', 'sensequant/ops/judge_cli.py'),

@@ -1,6 +1,7 @@
 """`sensequant backtest` as a person uses it, rightly and wrongly: what is refused before any work,
 and what the files say that are left."""
 
+import inspect
 import json
 from dataclasses import replace
 from datetime import date
@@ -17,6 +18,7 @@ from sensequant.core.types import IST, Interval
 from sensequant.data.runs import read_inputs
 from sensequant.data.sentiment import Snapshot, SnapshotStore, write_snapshots
 from sensequant.learn.tables import read_recipe, write_recipe
+from sensequant.market.actions import ACTION_COLUMNS
 from sensequant.market.calendar import sessions
 from sensequant.market.simulator import MarketSpec, simulate
 from sensequant.ops import judge_cli
@@ -29,6 +31,7 @@ FAILURES = (
     "each symbol must be in the feed; found NOSUCH",
     "the benchmark must be a file",
 )  # exit 1
+OPTIONS = inspect.signature(judge_cli.backtest).parameters
 MARKET = MarketSpec(symbols=3, start=date(2024, 1, 1), end=date(2024, 1, 31))
 
 
@@ -284,6 +287,30 @@ def test_news_forbids_new_purchases_and_makes_others_surer(tmp_path, mood):
         before = deaf.trades.set_index("symbol")["confidence"]
         assert sure["SAID"] == pytest.approx(min(1.0, 1.2 * before["SAID"]))
         assert sure["SILENT"] == before["SILENT"]
+
+
+def test_an_action_of_the_holdout_moves_no_price_before_it(tmp_path):
+    market = simulate(MarketSpec(symbols=1, start=date(2022, 1, 3), end=date(2023, 12, 29)))
+    bars = market.bars("SIM001", Interval.DAY, date(2022, 1, 3), date(2023, 12, 29))
+    bars.rename_axis("timestamp").to_csv(tmp_path / "SIM001.csv")
+    asked = judge_cli.read_options(dict.fromkeys(OPTIONS) | {
+        "csv_dir": tmp_path, "start": "2022-06-01", "end": "2023-12-29", "strategy": "swing",
+        "engine": "kernel",
+    })  # fmt: skip
+    own = asked.settings.home / "data" / "corporate_actions.csv"
+    own.parent.mkdir(parents=True)
+
+    def seen(*dates, kept):
+        rows = [f"SIM001,{d:%Y-%m-%d},demerger,1,-3.5,1,any,confirmed,test," for d in dates]
+        own.write_text("\n".join([",".join(ACTION_COLUMNS), *rows]) + "\n")
+        return judge_cli.from_feed(asked, judge_cli.Meter(), kept).market.seen["SIM001"]
+
+    early, late = bars.index[300], bars.index[-60]
+    plain, none_of_it = seen(early, kept=100), seen(early, late, kept=100)
+    assert plain.index[-1] == bars.index[-101]
+    pd.testing.assert_frame_equal(plain, none_of_it)
+    whole = seen(early, late, kept=0)
+    np.testing.assert_allclose(whole["close"].iloc[:300], plain["close"].iloc[:300] - 3.5)
 
 
 def test_a_split_is_traded_and_not_seen_as_a_fall(tmp_path):

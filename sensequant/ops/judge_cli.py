@@ -270,6 +270,14 @@ def _before_holdout(
     return {s: b for s, b in seen.items() if len(b)}
 
 # %% ../../nbs/9_ops/910_judge_cli.ipynb #3c3dbbbe
+def _happened(
+    actions: Any,  # `ACTION_COLUMNS`
+    bars: Mapping[str, Any],  # bars by symbol
+) -> Any:  # those of the actions whose ex-date is not after the newest bar
+    "Who sees no later bar knows of no later corporate action."
+    return actions[actions["ex_date"] <= max(b.index[-1] for b in bars.values())]
+
+# %% ../../nbs/9_ops/910_judge_cli.ipynb #876aedc4
 def from_feed(
     asked: Asked,
     meter: Meter,
@@ -295,7 +303,8 @@ def from_feed(
         why = next((f"{r.symbol}: {r.reason}" for r in result.results if r.reason), None)
         raise DataError("at least one symbol must be usable", f"none of {len(result.results)}", why)
     bars = _before_holdout(read_range(store, feed.name, usable, result.span), s.start, held_out)
-    market = open_market(bars, s.interval, read_actions(actions_file(s.home)), feed.name)
+    actions = _happened(read_actions(actions_file(s.home)), bars)
+    market = open_market(bars, s.interval, actions, feed.name)
     moods = _moods(asked, market.seen) if s.sentiment and not feed.simulated else {}
     market = replace(market, start=pd.Timestamp(s.start, tz=IST), sentiment=moods)
     told = _notes(result, left_out)
