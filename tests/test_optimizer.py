@@ -43,8 +43,10 @@ from sensequant.core.ledger import Ledger
 from sensequant.core.testing import sessions
 from sensequant.market.calendar import sessions as exchange_sessions
 from sensequant.ops.deployment import (
+    compared,
     config_lines,
     counted,
+    fold_table,
     open_search,
     summarise,
     traced,
@@ -52,6 +54,7 @@ from sensequant.ops.deployment import (
 )
 from sensequant.ops.main import app
 from sensequant.ops.report_cli import report_notebooks
+from sensequant.ops.search_luck import luck_of, search_series
 
 DAYS = sessions(320)
 SAID = dict(
@@ -326,6 +329,61 @@ def test_the_files_have_the_fields_that_others_read(tmp_path):
     assert len(back.table(lines[0]["config_id"], "traces")) == lines[0]["metrics"]["n_sessions"]
     never = [x for x in lines if "fast must be below slow" in x["reason"]]
     assert never and not any((tmp_path / "a/telemetry" / x["config_id"]).exists() for x in never)
+
+
+@dataclass(frozen=True)
+class Odd(Noise):
+    "The same, of whose parameters in force nothing can be said."
+
+    how: str = "undefined"  # undefined, ruined or broken
+
+    def evaluate(self, params, folds):
+        for part in super().evaluate(params, folds):
+            if params == self.defaults:
+                if self.how == "broken":
+                    raise ZeroDivisionError("no volume")
+                daily, trades = part.daily.copy(), part.trades.assign(net_inr=1.0)
+                if self.how == "ruined":
+                    daily.iloc[3, 0], daily.iloc[4:, 0] = -1.2, 0.0
+                part = replace(part, daily=daily, trades=trades)
+            yield part
+
+
+def odd(how):
+    sought = job("random", 6)
+    objective = "profit_factor" if how == "undefined" else "composite"
+    plan = replace(sought.plan, objective=objective, seed=3)
+    return replace(sought, evaluator=Odd(how=how), plan=plan)
+
+
+@pytest.mark.parametrize(
+    ("how", "state", "why"),
+    [
+        ("undefined", "pruned", "profit_factor is undefined in a fold"),
+        ("broken", "failed", "no volume"),
+    ],
+)
+def test_a_baseline_of_which_nothing_can_be_said_is_named_and_not_compared(
+    tmp_path, how, state, why
+):
+    sought, ledger = odd(how), Ledger(tmp_path / "ledger.db")
+    tried = Search(tmp_path / "a", ledger).run(sought)
+    base, best = baseline_of(tried), ranked(tried)[0]
+    assert base.state == state and why in base.reason
+    luck = luck_of(search_series(ledger, tried, "random"), 1, 1, 7)
+    summary = summarise(sought, tried, {"run_id": "a"}, luck)
+    assert len(write_files(tmp_path / "a", summary, config_lines(tried))) == 6
+    found = open_search(tmp_path / "a")
+    assert "(the baseline has no score)" in (tmp_path / "a/accuracy_report.md").read_text()
+    plan = (tmp_path / "a/deployment_plan.md").read_text()
+    assert "nothing to deploy" in plan and why in plan
+    measured = how != "broken"
+    assert found.pair == [best.config_id, "baseline"][: 1 + measured]
+    assert ("baseline" in fold_table(found.summary)) == measured == bool(found.summary["deltas"])
+    for name in found.pair:
+        assert counted(found, name).to_numpy().sum() > 0
+    assert compared(found.summary).set_index("metric").loc["score", "baseline"] == "none"
+    assert reproduce(tmp_path / "a", sought, ledger).delta_tolerance_met
 
 
 TRY = """

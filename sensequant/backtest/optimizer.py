@@ -823,7 +823,7 @@ def reproduce(
         raise DataError("a search must have a complete configuration to validate", "none", folder)
     changed = differences(json.loads((folder / SEARCH_SPEC).read_bytes()), _spec(job))
     differs: list[str] = []
-    for old in filter(None, (order[0], baseline_of(held))):
+    for old in (t for t in (order[0], baseline_of(held)) if t and t.metrics):
         new, found = try_out(job, old.config_id, old.parameters)
         if found is not None:
             enter(ledger, job, folder.name, new, found.daily)
