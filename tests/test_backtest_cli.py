@@ -21,7 +21,7 @@ from sensequant.learn.tables import read_recipe, write_recipe
 from sensequant.market.actions import ACTION_COLUMNS
 from sensequant.market.calendar import sessions
 from sensequant.market.simulator import MarketSpec, simulate
-from sensequant.ops import judge_cli
+from sensequant.ops import judge_cli, optimize_cli
 from sensequant.ops.deployment import open_search
 from sensequant.ops.main import app
 
@@ -248,6 +248,28 @@ def test_the_thresholds_of_a_run_can_be_sought(copied_run, tmp_path):
     assert (
         read_inputs(copied_run).holdout > pd.Timestamp(search.summary["date_range"]["end"]).date()
     )
+
+
+def test_a_search_on_a_run_is_purged_by_the_horizon_of_that_run(copied_run, tmp_path):
+    recipe = read_recipe(copied_run)
+    label = replace(recipe.label, horizon_days=recipe.label.horizon_days + 4)
+    write_recipe(copied_run, replace(recipe, label=label))
+    space = tmp_path / "space.json"
+    space.write_text('{"parameters": {"entry_score": {"kind": "choice", "choices": [0.1]}}}')
+    sizes = ["search_train_sessions=20", "search_test_sessions=40"]
+    given = dict.fromkeys(inspect.signature(optimize_cli.optimize).parameters) | {
+        "space": space, "strategy": "model", "run": copied_run.run_id,
+        "set_": [f"home={copied_run.home}", *sizes],
+    }  # fmt: skip
+    sought = optimize_cli.read_search(given)
+    opened = judge_cli.from_run(sought.asked)
+    made, lasts = optimize_cli.make_job(sought, opened)
+    assert lasts == label.horizon_days
+    days, _ = opened.market.grid.days, opened
+    days = opened.market.grid.days
+    days = days[days >= opened.market.start]
+    embargo = sought.asked.settings.embargo_sessions
+    assert made.folds[0].test_first == days[20 + label.horizon_days + embargo]
 
 
 def test_another_benchmark_takes_the_place_of_the_universe(tmp_path):

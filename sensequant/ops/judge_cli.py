@@ -123,6 +123,7 @@ class Asked:
     run_id: str | None = None  # whose bars and predictions are taken
     skip_fetch: bool = False
     telemetry: bool = False
+    horizon_days: int | None = None  # sessions that a prediction of the run lasts
 
 # %% ../../nbs/9_ops/910_judge_cli.ipynb #c02986c2
 def _names(books: Mapping[str, Any]) -> list[str]:
@@ -526,11 +527,12 @@ def read_options(
     fields |= {"source": "csv"} if given["csv_dir"] and not given["source"] else {}
     fields |= {"capital_inr": given["capital"]} if given["capital"] is not None else {}
     fields |= read_assignments(given["set_"] or [])
-    settings, run_id, pooled = load_settings(**fields), None, False
+    settings, run_id, pooled, lasts = load_settings(**fields), None, False, None
     if given["run"]:
         run = open_run(given["run"], settings.home)
         run_id, fields = run.run_id, fields | {"interval": str(read_inputs(run).interval)}
-        settings, pooled = load_settings(**fields), read_recipe(run).scope == "pooled"
+        settings, recipe = load_settings(**fields), read_recipe(run)
+        pooled, lasts = recipe.scope == "pooled", recipe.label.horizon_days
     names = read_strategies(given["strategy"])
     known = [n for books in open_accounts(names, settings).values() for n in _names(books)]
     pairs, others = split_params(given["params"] or [], list(dict.fromkeys(known)))
@@ -538,7 +540,7 @@ def read_options(
     symbols = read_symbols(given["symbols"], given["symbols_file"], given["universe"])
     accounts = open_accounts(names, settings, pairs, pooled)
     folder = new_folder(settings.home, given["output_dir"])
-    rest = (given["engine"], run_id, given["skip_fetch"], given["enable_telemetry"])
+    rest = (given["engine"], run_id, given["skip_fetch"], given["enable_telemetry"], lasts)
     return Asked(settings, tuple(symbols), given["universe"], accounts, folder, *rest)
 
 # %% ../../nbs/9_ops/910_judge_cli.ipynb #df48179c

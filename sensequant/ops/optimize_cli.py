@@ -192,7 +192,8 @@ def make_job(
     index = opened.benchmark[1] if opened.benchmark else None
     rules = (rules_of(s), opened.market, about, accuracy_rules(s), index)
     evaluator = RuleEvaluator(sought.strategy, books, *rules)
-    purge = holding(books, space, s.horizon_days, s.search_test_sessions)
+    lasts = sought.asked.horizon_days or s.horizon_days
+    purge = holding(books, space, lasts, s.search_test_sessions)
     job = Job(evaluator, space, folds_of(sought, opened, purge), plan_of(sought))
     return job, max(purge, 1)
 
