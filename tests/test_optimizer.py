@@ -361,6 +361,7 @@ def odd(how):
     [
         ("undefined", "pruned", "profit_factor is undefined in a fold"),
         ("broken", "failed", "no volume"),
+        ("ruined", "pruned", "the account lost all its capital in a fold"),
     ],
 )
 def test_a_baseline_of_which_nothing_can_be_said_is_named_and_not_compared(
