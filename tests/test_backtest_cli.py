@@ -212,6 +212,15 @@ def test_a_finished_run_brings_its_bars_and_predictions(finished_run, tmp_path, 
     assert backtest(*words, "--strategy", "model", "--symbols", "TCS").exit_code == 1
 
 
+def test_a_finished_run_is_traded_without_the_keys_of_its_source(copied_run):
+    config = copied_run.artifacts.read_json("config.json")
+    copied_run.artifacts.write_json("config.json", config | {"source": "breeze"})
+    given = {"strategy": "model", "engine": "kernel", "run": copied_run.run_id}
+    given |= {"set_": [f"home={copied_run.home}"]}
+    opened = judge_cli.from_run(judge_cli.read_options(dict.fromkeys(OPTIONS) | given))
+    assert opened.simulated and opened.source == read_inputs(copied_run).feed != ""
+
+
 def test_a_pooled_run_is_traded_by_the_thresholds_of_ranks(copied_run, tmp_path):
     write_recipe(copied_run, replace(read_recipe(copied_run), scope="pooled"))
     words = ("--set", f"home={copied_run.home}", "--run", copied_run.run_id, "--strategy", "model")

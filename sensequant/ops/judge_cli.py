@@ -328,7 +328,6 @@ def from_run(asked: Asked) -> Opened:
 
     from sensequant.backtest.accounts import Market
     from sensequant.data.runs import benchmark_returns, open_run, pinned_bars, read_inputs
-    from sensequant.ops.orchestrator import open_feed
     from sensequant.trading.grid import build_grid
     from sensequant.trading.strategies import lay_scores
 
@@ -348,8 +347,7 @@ def from_run(asked: Asked) -> Opened:
     market = Market(build_grid(seen), seen, inputs.interval, start, scores=scores)
     returns = benchmark_returns(run)
     index = None if returns is None else (str(inputs.benchmark), returns)
-    config = run.artifacts.read_json("config.json")
-    source = open_feed(config, run.home).name if inputs.simulated else config["source"]
+    source = inputs.feed or run.artifacts.read_json("config.json")["source"]
     return Opened(market, source, inputs.simulated, index)
 
 # %% ../../nbs/9_ops/910_judge_cli.ipynb #41e4e99c
