@@ -4371,6 +4371,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'sensequant/ops/deployment.py'),
                                            'sensequant.ops.deployment._flat': ( '9_ops/deployment.html#_flat',
                                                                                 'sensequant/ops/deployment.py'),
+                                           'sensequant.ops.deployment._groups': ( '9_ops/deployment.html#_groups',
+                                                                                  'sensequant/ops/deployment.py'),
                                            'sensequant.ops.deployment._line': ( '9_ops/deployment.html#_line',
                                                                                 'sensequant/ops/deployment.py'),
                                            'sensequant.ops.deployment._management': ( '9_ops/deployment.html#_management',

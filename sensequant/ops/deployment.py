@@ -126,6 +126,14 @@ def flat_figures(tried: Tried) -> dict[str, Any]:
     return {"score": tried.score, **tried.metrics, **tried.accuracy_metrics}
 
 # %% ../../nbs/9_ops/905_deployment.ipynb #450ce57b
+def _groups(
+    values: pd.Series,  # numbers that a parameter took
+) -> pd.Series:  # a group for each
+    "Quarters of many values; a few, or unevenly used ones, each by itself."
+    quarters = pd.qcut(values, 4, duplicates="drop")
+    return quarters if values.nunique() > 4 and quarters.cat.categories.size == 4 else values
+
+# %% ../../nbs/9_ops/905_deployment.ipynb #0e224586
 def sensitivity(
     table: pd.DataFrame,  # of `results_table`
     min_configs: int = 3,  # fewer say nothing
@@ -139,8 +147,7 @@ def sensitivity(
             continue
         number = pd.api.types.is_numeric_dtype(values) and values.dtype != bool
         move = values.corr(held["score"], method="spearman") if number else np.nan
-        group = held["score"].groupby(pd.qcut(values, 4, duplicates="drop") if number else values)
-        means = group.transform("mean")
+        means = held["score"].groupby(_groups(values) if number else values).transform("mean")
         part = means.var(ddof=0) / held["score"].var(ddof=0) if held["score"].nunique() > 1 else 0.0
         rows[column.removeprefix("param_")] = (float(move), float(part), int(values.nunique()))
     columns = ["correlation", "explained", "n_values"]
