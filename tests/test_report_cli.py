@@ -6,13 +6,18 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
+import numpy as np
+import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from typer.testing import CliRunner
 
+from sensequant.backtest import accuracy
 from sensequant.core.settings import Settings
+from sensequant.core.testing import sessions
 from sensequant.data.runs import Run
 from sensequant.ops import report_cli
 from sensequant.ops.main import app
@@ -68,6 +73,27 @@ def test_a_report_is_a_question_with_parameters_and_no_code_of_its_own(path):
     for name, value in values.items():
         if name in Settings.model_fields:
             assert str(Settings.model_fields[name].default) == str(value), name
+
+
+def cell_of(stem, words):
+    "The source of the one cell of a template that holds some words."
+    cells = json.loads((ROOT / f"nbs/reports/{stem}.ipynb").read_text("utf-8"))["cells"]
+    (found,) = [s for s in ("".join(c["source"]) for c in cells) if words in s]
+    return found
+
+
+def test_more_bars_in_a_session_make_no_error_bar_shorter():
+    days, rng = sessions(40), np.random.default_rng(4)
+    daily = pd.DataFrame({"ts": days, "p_long": rng.uniform(size=40), "label": "LONG"})
+    daily["label"] = np.where(rng.uniform(size=40) < daily["p_long"], "LONG", "NOOP")
+    bars = pd.concat([daily.assign(ts=days + pd.Timedelta(hours=9 + k)) for k in range(6)])
+    drawn = []
+    for said in (daily, bars):
+        known = {"judged": SimpleNamespace(predictions=said.reset_index(drop=True)), "horizon": 2}
+        known |= {"charts": SimpleNamespace(calibration_curve=drawn.append), "accuracy": accuracy}
+        exec(cell_of("1_accuracy", "charts.calibration_curve"), known)
+    np.testing.assert_allclose(drawn[0]["share"], drawn[1]["share"])
+    np.testing.assert_allclose(drawn[0]["se"], drawn[1]["se"])
 
 
 # --- a finished run ------------------------------------------------------------------------------
