@@ -1,5 +1,6 @@
 "A search: the same for any number of workers, whatever kills it, and files that tell."
 
+import inspect
 import json
 import os
 import re
@@ -41,7 +42,9 @@ from sensequant.backtest.optimizer import (
 from sensequant.core.errors import DataError, GateError, SettingsError
 from sensequant.core.ledger import Ledger
 from sensequant.core.testing import sessions
+from sensequant.data.runs import index_of
 from sensequant.market.calendar import sessions as exchange_sessions
+from sensequant.ops import optimize_cli
 from sensequant.ops.deployment import (
     compared,
     config_lines,
@@ -467,6 +470,28 @@ def test_the_plan_names_paths_and_commands_that_exist(null_search, monkeypatch, 
     rest = set(quoted) - {str(path) for path in paths}
     known = {"sensequant settings", "sensequant optimize", ".env", "baseline", "found"}
     assert rest <= known | {open_search(home / "found").summary["best"]["config_id"]}, rest
+
+
+def test_a_search_of_files_goes_on_from_anywhere_and_asks_nobody(tmp_path, monkeypatch):
+    monkeypatch.setenv("SENSEQUANT_HOME", str(tmp_path / "home"))
+    (tmp_path / "bars").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "space.yaml").write_text(TRY)
+    given = dict.fromkeys(inspect.signature(optimize_cli.optimize).parameters)
+    none = given | {"skip_fetch": False, "resume": False}
+    monkeypatch.chdir(tmp_path)
+    typed = none | {"space": Path("space.yaml"), "csv_dir": Path("bars"), "skip_fetch": True}
+    sought = optimize_cli.read_search(
+        typed | {"output_dir": Path("found"), "benchmark": Path("NIFTY50")}
+    )
+    optimize_cli.remember(sought.folder, sought.given, sought.space)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for how in ({"validate_only": tmp_path / "found"}, {"resume": True}):
+        place = {"output_dir": tmp_path / "found"} if "resume" in how else {}
+        again = optimize_cli.read_search(none | how | place)
+        assert again.asked.settings.csv_dir == tmp_path / "bars"
+        assert index_of(again.asked.settings.benchmark) == "NIFTY50"
+        assert again.asked.skip_fetch and again.space == sought.space
 
 
 def test_a_rule_inside_the_day_is_sought_and_ends_before_the_holdout(tmp_path, monkeypatch):

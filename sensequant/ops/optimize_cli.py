@@ -39,7 +39,8 @@ def remember(
     from sensequant.core.artifacts import write_atomic
     from sensequant.core.events import json_bytes
 
-    typed = {k: v for k, v in given.items() if v is not None and k not in _HERE}
+    places = {k: v.absolute() if isinstance(v, Path) else v for k, v in given.items()}
+    typed = {k: v for k, v in places.items() if v is not None and k not in _HERE}
     write_atomic(folder / OPTIONS, json_bytes({"options": typed, "space": content}, pretty=True))
 
 # %% ../../nbs/9_ops/912_optimize_cli.ipynb #575659da
@@ -54,7 +55,9 @@ def recall(
         must, fix = "the folder must hold a search", "Name the one that a search told"
         raise SettingsError(must, "none", folder, fix) from None
     before = {k: Path(v) if k in _PATHS else v for k, v in held["options"].items()}
-    return {**given, **before, **{k: v for k, v in given.items() if v is not None}}, held["space"]
+    flags = {"skip_fetch"}  # which are False where nobody typed them
+    typed = {k: v for k, v in given.items() if v is not None and (v or k not in flags)}
+    return {**given, **before, **typed}, held["space"]
 
 # %% ../../nbs/9_ops/912_optimize_cli.ipynb #75131ca1
 @dataclass(frozen=True)
