@@ -16,11 +16,12 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from typer.testing import CliRunner
 
 from sensequant.backtest import accuracy
-from sensequant.core.settings import Settings
+from sensequant.core.settings import Settings, load_settings
 from sensequant.core.testing import sessions
 from sensequant.data.runs import Run
 from sensequant.ops import report_cli
 from sensequant.ops.main import app
+from sensequant.trading.opinions import AccuracyRules, accuracy_rules
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = sorted((ROOT / "nbs/reports").glob("*.ipynb"))
@@ -94,6 +95,17 @@ def test_more_bars_in_a_session_make_no_error_bar_shorter():
         exec(cell_of("1_accuracy", "charts.calibration_curve"), known)
     np.testing.assert_allclose(drawn[0]["share"], drawn[1]["share"])
     np.testing.assert_allclose(drawn[0]["se"], drawn[1]["se"])
+
+
+def test_what_alerts_is_what_the_settings_say(monkeypatch):
+    said = {"alert_precision_drop": 0.02, "alert_win_rate_drop": 0.03, "alert_sharpe_drop": 0.7}
+    said |= {"alert_standard_errors": 1.0, "accuracy_window": 50, "right_swing_frac": 0.01}
+    for name, value in said.items():
+        monkeypatch.setenv(f"SENSEQUANT_{name.upper()}", str(value))
+    known = report_cli.report_parameters(report_cli.report_notebook("accuracy"), "live_x")
+    known |= {"AccuracyRules": AccuracyRules}
+    exec(cell_of("1_accuracy", "rules = "), known)
+    assert known["rules"] == accuracy_rules(load_settings(**said))
 
 
 # --- a finished run ------------------------------------------------------------------------------
