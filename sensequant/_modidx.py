@@ -4467,6 +4467,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'sensequant.ops.judge_cli._ingested': ( '9_ops/judge_cli.html#_ingested',
                                                                                   'sensequant/ops/judge_cli.py'),
                                           'sensequant.ops.judge_cli._moods': ('9_ops/judge_cli.html#_moods', 'sensequant/ops/judge_cli.py'),
+                                          'sensequant.ops.judge_cli._named': ('9_ops/judge_cli.html#_named', 'sensequant/ops/judge_cli.py'),
                                           'sensequant.ops.judge_cli._names': ('9_ops/judge_cli.html#_names', 'sensequant/ops/judge_cli.py'),
                                           'sensequant.ops.judge_cli._notes': ('9_ops/judge_cli.html#_notes', 'sensequant/ops/judge_cli.py'),
                                           'sensequant.ops.judge_cli._readers': ( '9_ops/judge_cli.html#_readers',

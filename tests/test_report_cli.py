@@ -265,5 +265,5 @@ def test_a_browser_that_fails_is_told_and_leaves_nothing(project, subject, tmp_p
     program.chmod(0o755)
     monkeypatch.setattr(report_cli, "find_chromium", lambda: str(program))
     done = invoke(subject, "small", "--format", "pdf")
-    assert done.exit_code == 2 and "cannot open display" in done.stderr
+    assert done.exit_code == 1 and "cannot open display" in done.stderr
     assert list(subject.iterdir()) == []

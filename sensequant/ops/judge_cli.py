@@ -279,6 +279,22 @@ def _happened(
     return actions[actions["ex_date"] <= max(b.index[-1] for b in bars.values())]
 
 # %% ../../nbs/9_ops/910_judge_cli.ipynb #876aedc4
+def _named(
+    config: dict[str, Any],  # of a run
+    feed: Any,  # Feed
+    universe: str | None,  # as the person named it
+) -> tuple[dict[str, Any], list[str]]:  # configuration, symbols left out
+    "What a person named must be there; where it is not, that is wrong use, as it is of `run`."
+    from sensequant.ops.orchestrator import require_inputs
+
+    try:
+        found, left_out = present(config, feed, universe)
+        require_inputs(found, feed)
+    except DataError as error:
+        raise SettingsError(error.must, error.found, error.where, error.fix) from None
+    return found, left_out
+
+# %% ../../nbs/9_ops/910_judge_cli.ipynb #08e74d41
 def from_feed(
     asked: Asked,
     meter: Meter,
@@ -296,8 +312,7 @@ def from_feed(
     s = asked.settings
     config = o.run_config(s, list(asked.symbols)) | {"scope": "auto"}
     feed = o.open_feed(config, s.home)
-    config, left_out = present(config, feed, asked.universe)
-    o.require_inputs(config, feed)
+    config, left_out = _named(config, feed, asked.universe)
     store, result = _ingested(asked, feed, config["symbols"] or feed.symbols(), meter)
     usable = [c.symbol for c in result.coverages]
     if not usable:
@@ -314,7 +329,7 @@ def from_feed(
     index = (index[0], index[1][index[1].index <= last]) if index else None
     return Opened(market, feed.name, feed.simulated, index, told)
 
-# %% ../../nbs/9_ops/910_judge_cli.ipynb #08e74d41
+# %% ../../nbs/9_ops/910_judge_cli.ipynb #63b26ab2
 def _until(bars: Any, last: Any) -> Any:
     "Bars up to the end of the session that follows `last`."
     days = bars.index.normalize()
@@ -335,7 +350,7 @@ def from_run(asked: Asked) -> Opened:
     inputs, said = read_inputs(run), run.artifacts.read_parquet("predictions.parquet")
     named = asked.symbols or inputs.symbols
     if unknown := sorted(set(named) - set(inputs.symbols)):
-        raise DataError("each symbol must be in the run", spell_names(unknown), run.run_id)
+        raise SettingsError("each symbol must be in the run", spell_names(unknown), run.run_id)
     spoken = said[said["symbol"].isin(named)]
     if spoken.empty:
         raise DataError("the run must have predicted the symbols", spell_names(list(named)))
