@@ -4518,6 +4518,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'sensequant/ops/optimize_cli.py'),
                                              'sensequant.ops.optimize_cli._new_folder': ( '9_ops/optimize_cli.html#_new_folder',
                                                                                           'sensequant/ops/optimize_cli.py'),
+                                             'sensequant.ops.optimize_cli._next': ( '9_ops/optimize_cli.html#_next',
+                                                                                    'sensequant/ops/optimize_cli.py'),
                                              'sensequant.ops.optimize_cli._search': ( '9_ops/optimize_cli.html#_search',
                                                                                       'sensequant/ops/optimize_cli.py'),
                                              'sensequant.ops.optimize_cli._show': ( '9_ops/optimize_cli.html#_show',

@@ -8,6 +8,7 @@ __all__ = ['OPTIONS', 'remember', 'recall', 'Sought', 'read_search', 'holding', 
 
 # %% ../../nbs/9_ops/912_optimize_cli.ipynb #f00b3a3a
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import date, datetime
@@ -239,7 +240,15 @@ def tell(summary: Mapping[str, Any], folder: Path) -> None:
     for line in summary["luck"].get("says", ()):
         say(f"  - {line}")
     say(f"Files      {folder}")
-    say(f"Next       sensequant report {folder} optimization; read {folder / 'deployment_plan.md'}")
+    say(f"Next       {_next(summary, folder)}")
+
+
+def _next(summary: Mapping[str, Any], folder: Path) -> str:
+    "What a person does now; where nothing has a rank, there is nothing to draw."
+    if summary["best"] is None:
+        return f"read {folder / 'accuracy_report.md'}: why nothing could be ranked"
+    told = shlex.join(["sensequant", "report", str(folder), "optimization"])
+    return f"{told}; read {folder / 'deployment_plan.md'}"
 
 # %% ../../nbs/9_ops/912_optimize_cli.ipynb #998579b7
 _OF_MARKET = ("symbols", "symbols_file", "universe", "start", "end", "source", "csv_dir",
