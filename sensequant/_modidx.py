@@ -4516,6 +4516,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'sensequant/ops/optimize_cli.py'),
                                              'sensequant.ops.optimize_cli.Sought.strategy': ( '9_ops/optimize_cli.html#sought.strategy',
                                                                                               'sensequant/ops/optimize_cli.py'),
+                                             'sensequant.ops.optimize_cli._left': ( '9_ops/optimize_cli.html#_left',
+                                                                                    'sensequant/ops/optimize_cli.py'),
                                              'sensequant.ops.optimize_cli._new_folder': ( '9_ops/optimize_cli.html#_new_folder',
                                                                                           'sensequant/ops/optimize_cli.py'),
                                              'sensequant.ops.optimize_cli._next': ( '9_ops/optimize_cli.html#_next',

@@ -339,6 +339,19 @@ def test_an_action_of_the_holdout_moves_no_price_before_it(tmp_path):
     np.testing.assert_allclose(whole["close"].iloc[:300], plain["close"].iloc[:300] - 3.5)
 
 
+@pytest.mark.parametrize("part", ["from_feed", "write_telemetry"])
+def test_ctrl_c_says_what_is_left(tmp_path, monkeypatch, part):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(judge_cli, part, interrupted)
+    said = backtest(*SIMULATED, "--enable-telemetry", "--output-dir", tmp_path / "out")
+    written = part != "from_feed"
+    assert said.exit_code == 130 and (tmp_path / "out/summary.json").exists() == written
+    left = f"the accounts are in {tmp_path / 'out'}" if written else "no account was written"
+    assert f"stopped; {left}" in said.output.replace("\n", "")
+
+
 def test_a_split_is_traded_and_not_seen_as_a_fall(tmp_path):
     market = simulate(MarketSpec(symbols=1, start=date(2022, 1, 3), end=date(2023, 12, 29)))
     plain = market.bars("SIM001", Interval.DAY, date(2022, 1, 3), date(2023, 12, 29))

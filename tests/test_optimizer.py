@@ -527,6 +527,25 @@ def test_the_report_of_a_search_is_made(null_search, monkeypatch):
     assert "not told apart from luck" in page and page.count("data:image/png") >= 7
 
 
+@pytest.mark.parametrize("validate", [True, False])
+def test_ctrl_c_advises_nothing_that_would_be_refused(tmp_path, monkeypatch, validate):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("SENSEQUANT_HOME", str(tmp_path))
+    monkeypatch.setattr(optimize_cli, "from_feed", interrupted)
+    (tmp_path / "space.yaml").write_text(TRY)
+    words = ["--space", str(tmp_path / "space.yaml"), "--output-dir", str(tmp_path / "found")]
+    if validate:
+        (tmp_path / "found").mkdir()
+        optimize_cli.remember(tmp_path / "found", {"strategy": "swing"}, {})
+        (tmp_path / "found/search.json").touch()
+        words = ["--validate-only", str(tmp_path / "found")]
+    said = CliRunner().invoke(app, ["optimize", *words])
+    assert said.exit_code == 130 and "interrupted" in said.output, said.output
+    assert "--resume" not in said.output
+
+
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_search_that_goes_on(null_search, tmp_path, monkeypatch):
     home, _ = null_search

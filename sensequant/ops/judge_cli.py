@@ -648,5 +648,7 @@ def backtest(
     except SenseQuantError as error:
         raise refuse(error) from None
     except KeyboardInterrupt:
-        say("stopped; no account was written")
+        held = (asked.folder / "summary.json").exists()
+        kept = f"the accounts are in {asked.folder}, perhaps without all their traces"
+        say(f"stopped; {kept if held else 'no account was written'}")
         raise typer.Exit(INTERRUPTED) from None

@@ -323,6 +323,18 @@ def _validate(sought: Sought, opened: Opened) -> int:  # exit code
     return FINISHED if found.delta_tolerance_met else MISSED
 
 # %% ../../nbs/9_ops/912_optimize_cli.ipynb #d0923e2a
+def _left(sought: Sought) -> str:
+    "What an interruption leaves."
+    from sensequant.backtest.optimizer import SEARCH_SPEC
+
+    if sought.validate:
+        return f"the search in {sought.folder} is as it was"
+    if not (sought.folder / SEARCH_SPEC).exists():
+        return "nothing was sought yet"
+    words = ["sensequant", "optimize", "--resume", "--output-dir", str(sought.folder)]
+    return f"go on with: {shlex.join(words)}"
+
+# %% ../../nbs/9_ops/912_optimize_cli.ipynb #cba7f53a
 def run_search(sought: Sought) -> int:  # exit code
     "Open the market, then search or validate."
     asked, meter = sought.asked, Meter()
@@ -333,7 +345,7 @@ def run_search(sought: Sought) -> int:  # exit code
             say(f"warning: {note}")
         return _validate(sought, opened) if sought.validate else _search(sought, opened, meter)
     except KeyboardInterrupt:
-        say(f"interrupted; go on with: sensequant optimize --resume --output-dir {sought.folder}")
+        say(f"interrupted; {_left(sought)}")
         return INTERRUPTED
     finally:
         meter.end()
