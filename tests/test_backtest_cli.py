@@ -1,6 +1,7 @@
 """`sensequant backtest` as a person uses it, rightly and wrongly: what is refused before any work,
 and what the files say that are left."""
 
+import inspect
 import json
 from dataclasses import replace
 from datetime import date
@@ -17,18 +18,16 @@ from sensequant.core.types import IST, Interval
 from sensequant.data.runs import read_inputs
 from sensequant.data.sentiment import Snapshot, SnapshotStore, write_snapshots
 from sensequant.learn.tables import read_recipe, write_recipe
+from sensequant.market.actions import ACTION_COLUMNS
 from sensequant.market.calendar import sessions
 from sensequant.market.simulator import MarketSpec, simulate
-from sensequant.ops import judge_cli
+from sensequant.ops import judge_cli, optimize_cli
 from sensequant.ops.deployment import open_search
 from sensequant.ops.main import app
 
 SPAN = ("--start", "2023-01-02", "--end", "2023-12-29")
 SIMULATED = ("--source", "simulated", "--sim-symbols", "4", *SPAN)
-FAILURES = (
-    "each symbol must be in the feed; found NOSUCH",
-    "the benchmark must be a file",
-)  # exit 1
+OPTIONS = inspect.signature(judge_cli.backtest).parameters
 MARKET = MarketSpec(symbols=3, start=date(2024, 1, 1), end=date(2024, 1, 31))
 
 
@@ -88,8 +87,7 @@ def minute_files(folder, interval=Interval.MINUTE_5):
 def test_wrong_use_is_told_in_a_line_and_leaves_nothing(words, told, tmp_path):
     base = () if "--run" in words else SIMULATED
     said = backtest(*base, *words, "--output-dir", tmp_path / "out")
-    code = 1 if told in FAILURES else 2
-    assert said.exit_code == code and said.exception.__class__ is SystemExit, said.output
+    assert said.exit_code == 2 and said.exception.__class__ is SystemExit, said.output
     assert told in said.output and "Traceback" not in said.output, said.output
     assert not (tmp_path / "out").exists()
     assert not ledger_path(load_settings().home).exists(), "what was not tried is no trial"
@@ -206,7 +204,16 @@ def test_a_finished_run_brings_its_bars_and_predictions(finished_run, tmp_path, 
         index = bars[trade.symbol].index
         decided = index[index.get_loc(trade.entry_ts) - 1]
         assert score[trade.symbol, decided] > 0.05, "bought what was not scored high the bar before"
-    assert backtest(*words, "--strategy", "model", "--symbols", "TCS").exit_code == 1
+    assert backtest(*words, "--strategy", "model", "--symbols", "TCS").exit_code == 2
+
+
+def test_a_finished_run_is_traded_without_the_keys_of_its_source(copied_run):
+    config = copied_run.artifacts.read_json("config.json")
+    copied_run.artifacts.write_json("config.json", config | {"source": "breeze"})
+    given = {"strategy": "model", "engine": "kernel", "run": copied_run.run_id}
+    given |= {"set_": [f"home={copied_run.home}"]}
+    opened = judge_cli.from_run(judge_cli.read_options(dict.fromkeys(OPTIONS) | given))
+    assert opened.simulated and opened.source == read_inputs(copied_run).feed != ""
 
 
 def test_a_pooled_run_is_traded_by_the_thresholds_of_ranks(copied_run, tmp_path):
@@ -247,6 +254,28 @@ def test_the_thresholds_of_a_run_can_be_sought(copied_run, tmp_path):
     )
 
 
+def test_a_search_on_a_run_is_purged_by_the_horizon_of_that_run(copied_run, tmp_path):
+    recipe = read_recipe(copied_run)
+    label = replace(recipe.label, horizon_days=recipe.label.horizon_days + 4)
+    write_recipe(copied_run, replace(recipe, label=label))
+    space = tmp_path / "space.json"
+    space.write_text('{"parameters": {"entry_score": {"kind": "choice", "choices": [0.1]}}}')
+    sizes = ["search_train_sessions=20", "search_test_sessions=40"]
+    given = dict.fromkeys(inspect.signature(optimize_cli.optimize).parameters) | {
+        "space": space, "strategy": "model", "run": copied_run.run_id,
+        "set_": [f"home={copied_run.home}", *sizes],
+    }  # fmt: skip
+    sought = optimize_cli.read_search(given)
+    opened = judge_cli.from_run(sought.asked)
+    made, lasts = optimize_cli.make_job(sought, opened)
+    assert lasts == label.horizon_days
+    days, _ = opened.market.grid.days, opened
+    days = opened.market.grid.days
+    days = days[days >= opened.market.start]
+    embargo = sought.asked.settings.embargo_sessions
+    assert made.folds[0].test_first == days[20 + label.horizon_days + embargo]
+
+
 def test_another_benchmark_takes_the_place_of_the_universe(tmp_path):
     days = sessions("2022-06-01", "2023-12-29").tz_localize(None)
     level = 100 * 1.001 ** np.arange(len(days))
@@ -284,6 +313,43 @@ def test_news_forbids_new_purchases_and_makes_others_surer(tmp_path, mood):
         before = deaf.trades.set_index("symbol")["confidence"]
         assert sure["SAID"] == pytest.approx(min(1.0, 1.2 * before["SAID"]))
         assert sure["SILENT"] == before["SILENT"]
+
+
+def test_an_action_of_the_holdout_moves_no_price_before_it(tmp_path):
+    market = simulate(MarketSpec(symbols=1, start=date(2022, 1, 3), end=date(2023, 12, 29)))
+    bars = market.bars("SIM001", Interval.DAY, date(2022, 1, 3), date(2023, 12, 29))
+    bars.rename_axis("timestamp").to_csv(tmp_path / "SIM001.csv")
+    asked = judge_cli.read_options(dict.fromkeys(OPTIONS) | {
+        "csv_dir": tmp_path, "start": "2022-06-01", "end": "2023-12-29", "strategy": "swing",
+        "engine": "kernel",
+    })  # fmt: skip
+    own = asked.settings.home / "data" / "corporate_actions.csv"
+    own.parent.mkdir(parents=True)
+
+    def seen(*dates, kept):
+        rows = [f"SIM001,{d:%Y-%m-%d},demerger,1,-3.5,1,any,confirmed,test," for d in dates]
+        own.write_text("\n".join([",".join(ACTION_COLUMNS), *rows]) + "\n")
+        return judge_cli.from_feed(asked, judge_cli.Meter(), kept).market.seen["SIM001"]
+
+    early, late = bars.index[300], bars.index[-60]
+    plain, none_of_it = seen(early, kept=100), seen(early, late, kept=100)
+    assert plain.index[-1] == bars.index[-101]
+    pd.testing.assert_frame_equal(plain, none_of_it)
+    whole = seen(early, late, kept=0)
+    np.testing.assert_allclose(whole["close"].iloc[:300], plain["close"].iloc[:300] - 3.5)
+
+
+@pytest.mark.parametrize("part", ["from_feed", "write_telemetry"])
+def test_ctrl_c_says_what_is_left(tmp_path, monkeypatch, part):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(judge_cli, part, interrupted)
+    said = backtest(*SIMULATED, "--enable-telemetry", "--output-dir", tmp_path / "out")
+    written = part != "from_feed"
+    assert said.exit_code == 130 and (tmp_path / "out/summary.json").exists() == written
+    left = f"the accounts are in {tmp_path / 'out'}" if written else "no account was written"
+    assert f"stopped; {left}" in said.output.replace("\n", "")
 
 
 def test_a_split_is_traded_and_not_seen_as_a_fall(tmp_path):

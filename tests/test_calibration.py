@@ -38,6 +38,7 @@ from sensequant.core.settings import load_settings
 from sensequant.data.bars import check_bars
 from sensequant.govern import certificate
 from sensequant.govern.certificate import (
+    ABOUT,
     ANSWERS,
     Campaign,
     bind,
@@ -55,6 +56,8 @@ from sensequant.govern.judgement import judged
 from sensequant.learn.tables import Recipe, WindowSpec
 from sensequant.learn.teacher import TeacherSpec
 from sensequant.market.simulator import MarketSpec, simulate
+from sensequant.ops import calibrate_cli
+from sensequant.ops.cli import FAILED, FINISHED
 
 TREES = TeacherSpec(n_estimators=5, learning_rate=0.2, folds=2)
 RECIPE = Recipe(WindowSpec(90, 90, min_window_bars=30), teacher=TREES, scope="pooled")
@@ -320,6 +323,18 @@ def test_a_second_look_has_its_price(tmp_path, bound):
     second = read_campaign(twice)["summary"]["gate"]
     assert (once["allowed"], second["allowed"]) == (12, most_promotions(400, 0.05, 0.975))
     assert second["allowed"] < once["allowed"] and second["at_most"] > once["at_most"]
+
+
+def test_a_look_at_fewer_markets_fails_when_one_of_them_broke_alone(tmp_path, bound, monkeypatch):
+    folder = answered(tmp_path / "null", 50, bound=bound)
+    about = json.loads((folder / ABOUT).read_text())
+    (folder / ABOUT).write_text(json.dumps(about | {"asked": [400, 50]}))  # and stopped at 50
+    assert read_campaign(folder)["missing"] == 350
+    monkeypatch.setattr(calibrate_cli, "write_report", lambda *told: None)
+    order = calibrate_cli.Order(EMPTY, Campaign(folder, 50), breaks, bound, tmp_path, None)
+    assert calibrate_cli._measure(order) == FINISHED
+    append_lines(folder / ANSWERS, asdict(Replication(order.campaign.seeds[7], error="it broke")))
+    assert calibrate_cli._measure(order) == FAILED
 
 
 def test_a_folder_holds_one_campaign_of_one_gate(tmp_path, bound):

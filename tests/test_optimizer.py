@@ -1,5 +1,6 @@
 "A search: the same for any number of workers, whatever kills it, and files that tell."
 
+import inspect
 import json
 import os
 import re
@@ -41,10 +42,14 @@ from sensequant.backtest.optimizer import (
 from sensequant.core.errors import DataError, GateError, SettingsError
 from sensequant.core.ledger import Ledger
 from sensequant.core.testing import sessions
+from sensequant.data.runs import index_of
 from sensequant.market.calendar import sessions as exchange_sessions
+from sensequant.ops import optimize_cli
 from sensequant.ops.deployment import (
+    compared,
     config_lines,
     counted,
+    fold_table,
     open_search,
     summarise,
     traced,
@@ -52,6 +57,7 @@ from sensequant.ops.deployment import (
 )
 from sensequant.ops.main import app
 from sensequant.ops.report_cli import report_notebooks
+from sensequant.ops.search_luck import luck_of, search_series
 
 DAYS = sessions(320)
 SAID = dict(
@@ -328,6 +334,62 @@ def test_the_files_have_the_fields_that_others_read(tmp_path):
     assert never and not any((tmp_path / "a/telemetry" / x["config_id"]).exists() for x in never)
 
 
+@dataclass(frozen=True)
+class Odd(Noise):
+    "The same, of whose parameters in force nothing can be said."
+
+    how: str = "undefined"  # undefined, ruined or broken
+
+    def evaluate(self, params, folds):
+        for part in super().evaluate(params, folds):
+            if params == self.defaults:
+                if self.how == "broken":
+                    raise ZeroDivisionError("no volume")
+                daily, trades = part.daily.copy(), part.trades.assign(net_inr=1.0)
+                if self.how == "ruined":
+                    daily.iloc[3, 0], daily.iloc[4:, 0] = -1.2, 0.0
+                part = replace(part, daily=daily, trades=trades)
+            yield part
+
+
+def odd(how):
+    sought = job("random", 6)
+    objective = "profit_factor" if how == "undefined" else "composite"
+    plan = replace(sought.plan, objective=objective, seed=3)
+    return replace(sought, evaluator=Odd(how=how), plan=plan)
+
+
+@pytest.mark.parametrize(
+    ("how", "state", "why"),
+    [
+        ("undefined", "pruned", "profit_factor is undefined in a fold"),
+        ("broken", "failed", "no volume"),
+        ("ruined", "pruned", "the account lost all its capital in a fold"),
+    ],
+)
+def test_a_baseline_of_which_nothing_can_be_said_is_named_and_not_compared(
+    tmp_path, how, state, why
+):
+    sought, ledger = odd(how), Ledger(tmp_path / "ledger.db")
+    tried = Search(tmp_path / "a", ledger).run(sought)
+    base, best = baseline_of(tried), ranked(tried)[0]
+    assert base.state == state and why in base.reason
+    luck = luck_of(search_series(ledger, tried, "random"), 1, 1, 7)
+    summary = summarise(sought, tried, {"run_id": "a"}, luck)
+    assert len(write_files(tmp_path / "a", summary, config_lines(tried))) == 6
+    found = open_search(tmp_path / "a")
+    assert "(the baseline has no score)" in (tmp_path / "a/accuracy_report.md").read_text()
+    plan = (tmp_path / "a/deployment_plan.md").read_text()
+    assert "nothing to deploy" in plan and why in plan
+    measured = how != "broken"
+    assert found.pair == [best.config_id, "baseline"][: 1 + measured]
+    assert ("baseline" in fold_table(found.summary)) == measured == bool(found.summary["deltas"])
+    for name in found.pair:
+        assert counted(found, name).to_numpy().sum() > 0
+    assert compared(found.summary).set_index("metric").loc["score", "baseline"] == "none"
+    assert reproduce(tmp_path / "a", sought, ledger).delta_tolerance_met
+
+
 TRY = """
 parameters:
   fast_sessions: {kind: int, low: 5, high: 25, step: 10}
@@ -410,6 +472,28 @@ def test_the_plan_names_paths_and_commands_that_exist(null_search, monkeypatch, 
     assert rest <= known | {open_search(home / "found").summary["best"]["config_id"]}, rest
 
 
+def test_a_search_of_files_goes_on_from_anywhere_and_asks_nobody(tmp_path, monkeypatch):
+    monkeypatch.setenv("SENSEQUANT_HOME", str(tmp_path / "home"))
+    (tmp_path / "bars").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "space.yaml").write_text(TRY)
+    given = dict.fromkeys(inspect.signature(optimize_cli.optimize).parameters)
+    none = given | {"skip_fetch": False, "resume": False}
+    monkeypatch.chdir(tmp_path)
+    typed = none | {"space": Path("space.yaml"), "csv_dir": Path("bars"), "skip_fetch": True}
+    sought = optimize_cli.read_search(
+        typed | {"output_dir": Path("found"), "benchmark": Path("NIFTY50")}
+    )
+    optimize_cli.remember(sought.folder, sought.given, sought.space)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for how in ({"validate_only": tmp_path / "found"}, {"resume": True}):
+        place = {"output_dir": tmp_path / "found"} if "resume" in how else {}
+        again = optimize_cli.read_search(none | how | place)
+        assert again.asked.settings.csv_dir == tmp_path / "bars"
+        assert index_of(again.asked.settings.benchmark) == "NIFTY50"
+        assert again.asked.skip_fetch and again.space == sought.space
+
+
 def test_a_rule_inside_the_day_is_sought_and_ends_before_the_holdout(tmp_path, monkeypatch):
     monkeypatch.setenv("SENSEQUANT_HOME", str(tmp_path))
     (tmp_path / "space.yaml").write_text("parameters: {rsi_bars: {kind: int, low: 7, high: 9}}")
@@ -441,6 +525,25 @@ def test_the_report_of_a_search_is_made(null_search, monkeypatch):
     assert done.exit_code == 0, done.output
     page = (home / "found/optimization.html").read_text()
     assert "not told apart from luck" in page and page.count("data:image/png") >= 7
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_ctrl_c_advises_nothing_that_would_be_refused(tmp_path, monkeypatch, validate):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("SENSEQUANT_HOME", str(tmp_path))
+    monkeypatch.setattr(optimize_cli, "from_feed", interrupted)
+    (tmp_path / "space.yaml").write_text(TRY)
+    words = ["--space", str(tmp_path / "space.yaml"), "--output-dir", str(tmp_path / "found")]
+    if validate:
+        (tmp_path / "found").mkdir()
+        optimize_cli.remember(tmp_path / "found", {"strategy": "swing"}, {})
+        (tmp_path / "found/search.json").touch()
+        words = ["--validate-only", str(tmp_path / "found")]
+    said = CliRunner().invoke(app, ["optimize", *words])
+    assert said.exit_code == 130 and "interrupted" in said.output, said.output
+    assert "--resume" not in said.output
 
 
 @pytest.mark.slow

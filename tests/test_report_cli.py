@@ -6,16 +6,22 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
+import numpy as np
+import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from typer.testing import CliRunner
 
-from sensequant.core.settings import Settings
+from sensequant.backtest import accuracy
+from sensequant.core.settings import Settings, load_settings
+from sensequant.core.testing import sessions
 from sensequant.data.runs import Run
 from sensequant.ops import report_cli
 from sensequant.ops.main import app
+from sensequant.trading.opinions import AccuracyRules, accuracy_rules
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = sorted((ROOT / "nbs/reports").glob("*.ipynb"))
@@ -68,6 +74,38 @@ def test_a_report_is_a_question_with_parameters_and_no_code_of_its_own(path):
     for name, value in values.items():
         if name in Settings.model_fields:
             assert str(Settings.model_fields[name].default) == str(value), name
+
+
+def cell_of(stem, words):
+    "The source of the one cell of a template that holds some words."
+    cells = json.loads((ROOT / f"nbs/reports/{stem}.ipynb").read_text("utf-8"))["cells"]
+    (found,) = [s for s in ("".join(c["source"]) for c in cells) if words in s]
+    return found
+
+
+def test_more_bars_in_a_session_make_no_error_bar_shorter():
+    days, rng = sessions(40), np.random.default_rng(4)
+    daily = pd.DataFrame({"ts": days, "p_long": rng.uniform(size=40), "label": "LONG"})
+    daily["label"] = np.where(rng.uniform(size=40) < daily["p_long"], "LONG", "NOOP")
+    bars = pd.concat([daily.assign(ts=days + pd.Timedelta(hours=9 + k)) for k in range(6)])
+    drawn = []
+    for said in (daily, bars):
+        known = {"judged": SimpleNamespace(predictions=said.reset_index(drop=True)), "horizon": 2}
+        known |= {"charts": SimpleNamespace(calibration_curve=drawn.append), "accuracy": accuracy}
+        exec(cell_of("1_accuracy", "charts.calibration_curve"), known)
+    np.testing.assert_allclose(drawn[0]["share"], drawn[1]["share"])
+    np.testing.assert_allclose(drawn[0]["se"], drawn[1]["se"])
+
+
+def test_what_alerts_is_what_the_settings_say(monkeypatch):
+    said = {"alert_precision_drop": 0.02, "alert_win_rate_drop": 0.03, "alert_sharpe_drop": 0.7}
+    said |= {"alert_standard_errors": 1.0, "accuracy_window": 50, "right_swing_frac": 0.01}
+    for name, value in said.items():
+        monkeypatch.setenv(f"SENSEQUANT_{name.upper()}", str(value))
+    known = report_cli.report_parameters(report_cli.report_notebook("accuracy"), "live_x")
+    known |= {"AccuracyRules": AccuracyRules}
+    exec(cell_of("1_accuracy", "rules = "), known)
+    assert known["rules"] == accuracy_rules(load_settings(**said))
 
 
 # --- a finished run ------------------------------------------------------------------------------
@@ -227,5 +265,5 @@ def test_a_browser_that_fails_is_told_and_leaves_nothing(project, subject, tmp_p
     program.chmod(0o755)
     monkeypatch.setattr(report_cli, "find_chromium", lambda: str(program))
     done = invoke(subject, "small", "--format", "pdf")
-    assert done.exit_code == 2 and "cannot open display" in done.stderr
+    assert done.exit_code == 1 and "cannot open display" in done.stderr
     assert list(subject.iterdir()) == []

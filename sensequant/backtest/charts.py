@@ -107,7 +107,8 @@ def account_picture(
     returns = pd.DataFrame(made | {benchmark_name: longest["benchmark_return"]})
     growth = _began(returns)
     card = lines((growth - 1) * PERCENT, _made(growth), "growth, %", benchmark_name)
-    _add_depths(card, growth.apply(drawdown) * PERCENT, benchmark_name)
+    solvent = growth.where(growth.cummin() > 0)  # no peak to stand below once all is lost
+    _add_depths(card, solvent.apply(drawdown) * PERCENT, benchmark_name)
     return card
 
 # %% ../../nbs/6_backtest/67_charts.ipynb #c6b2e53f

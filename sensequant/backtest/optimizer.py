@@ -363,11 +363,13 @@ def measure(
     "The figures of an evaluation, in fractions where no unit is named."
     returns, net = found.daily["net_return"], found.trades["net_inr"]
     gain, loss = net[net > 0].sum(), -net[net < 0].sum()
+    ruined = bool((returns <= -1).any())
+    kept = returns.iloc[:0] if ruined else returns
     earned = {
-        "sharpe_ratio": metrics.sharpe(returns, metrics.SESSIONS_A_YEAR),
-        "sortino_ratio": metrics.sortino(returns, periods=metrics.SESSIONS_A_YEAR),
-        "total_return": float((1 + returns).prod() - 1),
-        "max_drawdown": metrics.max_drawdown(returns),
+        "sharpe_ratio": metrics.sharpe(kept, metrics.SESSIONS_A_YEAR),
+        "sortino_ratio": metrics.sortino(kept, periods=metrics.SESSIONS_A_YEAR),
+        "total_return": np.nan if ruined else float((1 + kept).prod() - 1),
+        "max_drawdown": metrics.max_drawdown(kept),
         "win_rate": float((net > 0).mean()) if len(net) else np.nan,
         "profit_factor": float(gain / loss) if loss > 0 else np.nan,
         "total_trades": len(net),
@@ -406,6 +408,8 @@ def score_of(
 ) -> float:  # NaN where undefined
     "The figure that a search makes as large as it can."
     figures = {**measured["metrics"], **measured["accuracy_metrics"]}
+    if math.isnan(figures["total_return"]):
+        return math.nan
     if objective == "composite":
         return composite(figures)
     value = float(figures[objective])
@@ -499,8 +503,15 @@ def _joined(parts: Sequence[Evaluation]) -> Evaluation:
     return Evaluation(pd.concat(daily), pd.concat(trades, **one), pd.concat(traces, **one))
 
 # %% ../../nbs/6_backtest/63_optimizer.ipynb #d085414e
-def _verdict(score: float, trades: int, plan: SearchPlan) -> tuple[str, str]:  # state, reason
+def _verdict(
+    score: float,
+    figures: Mapping[str, Any],  # metrics of all test parts together
+    plan: SearchPlan,
+) -> tuple[str, str]:  # state, reason
     "Whether a score may be ranked."
+    if math.isnan(figures["total_return"]):
+        return "pruned", "the account lost all its capital in a fold"
+    trades = figures["total_trades"]
     if trades < plan.min_trades:
         return "pruned", f"{trades} trades out of fold, at least {plan.min_trades} are needed"
     if math.isnan(score):
@@ -528,7 +539,7 @@ def try_out(
         rows.append(span | {"score": score_of(measured, job.plan.objective)} | figures)
     whole = _joined(parts)
     measured, score = measure(whole), float(np.mean([r["score"] for r in rows]))
-    state, reason = _verdict(score, len(whole.trades), job.plan)
+    state, reason = _verdict(score, measured["metrics"], job.plan)
     return Tried(config_id, params, state, reason, score, tuple(rows), **measured), whole
 
 # %% ../../nbs/6_backtest/63_optimizer.ipynb #4ccffcf2
@@ -823,7 +834,7 @@ def reproduce(
         raise DataError("a search must have a complete configuration to validate", "none", folder)
     changed = differences(json.loads((folder / SEARCH_SPEC).read_bytes()), _spec(job))
     differs: list[str] = []
-    for old in filter(None, (order[0], baseline_of(held))):
+    for old in (t for t in (order[0], baseline_of(held)) if t and t.metrics):
         new, found = try_out(job, old.config_id, old.parameters)
         if found is not None:
             enter(ledger, job, folder.name, new, found.daily)

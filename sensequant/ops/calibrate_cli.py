@@ -251,7 +251,7 @@ def _measure(order: Order) -> int:  # exit code
     say(f"{order.plan.market}: {len(seeds) - done:,} markets to make, {done:,} found done")
     tally = Tally(done, len(seeds))
     try:
-        run_campaign(order.plan, order.campaign, order.bound, order.judge, tally)
+        answers = run_campaign(order.plan, order.campaign, order.bound, order.judge, tally)
     finally:
         tally.progress.stop()
     held = [read_campaign(f) for f in campaigns_in(order.folder)]
@@ -261,7 +261,8 @@ def _measure(order: Order) -> int:  # exit code
     say(f"Report     {write_report(order.folder, held, order.plan)}")
     if order.certificate:
         _certify(order.folder, order.certificate)
-    return _exit_code(read_campaign(order.campaign.folder))
+    broke = any(a.error is not None for a in answers)
+    return FAILED if broke else _exit_code(read_campaign(order.campaign.folder)["summary"])
 
 
 def _print_rates(rates: Any) -> None:
@@ -284,12 +285,10 @@ def _certify(folder: Path, target: Path) -> None:
 
 
 def _exit_code(
-    one: dict[str, Any],  # of `read_campaign`
+    found: dict[str, Any],  # summary of a campaign
 ) -> int:
-    "0, or 1 where a market broke, or 3 where more were promoted than a promise of 5 % bears."
-    gate, planted = one["summary"]["gate"], one["summary"]["signal_ic"]
-    if one["missing"]:
-        return FAILED
+    "0, or 3 where more were promoted than a promise of 5 % bears."
+    gate, planted = found["gate"], found["signal_ic"]
     return MISSED if not planted and gate["promotions"] > max(gate["allowed"], 0) else FINISHED
 
 # %% ../../nbs/9_ops/913_calibrate_cli.ipynb #bb23f695

@@ -126,6 +126,14 @@ def flat_figures(tried: Tried) -> dict[str, Any]:
     return {"score": tried.score, **tried.metrics, **tried.accuracy_metrics}
 
 # %% ../../nbs/9_ops/905_deployment.ipynb #450ce57b
+def _groups(
+    values: pd.Series,  # numbers that a parameter took
+) -> pd.Series:  # a group for each
+    "Quarters of many values; a few, or unevenly used ones, each by itself."
+    quarters = pd.qcut(values, 4, duplicates="drop")
+    return quarters if values.nunique() > 4 and quarters.cat.categories.size == 4 else values
+
+# %% ../../nbs/9_ops/905_deployment.ipynb #0e224586
 def sensitivity(
     table: pd.DataFrame,  # of `results_table`
     min_configs: int = 3,  # fewer say nothing
@@ -139,8 +147,7 @@ def sensitivity(
             continue
         number = pd.api.types.is_numeric_dtype(values) and values.dtype != bool
         move = values.corr(held["score"], method="spearman") if number else np.nan
-        group = held["score"].groupby(pd.qcut(values, 4, duplicates="drop") if number else values)
-        means = group.transform("mean")
+        means = held["score"].groupby(_groups(values) if number else values).transform("mean")
         part = means.var(ddof=0) / held["score"].var(ddof=0) if held["score"].nunique() > 1 else 0.0
         rows[column.removeprefix("param_")] = (float(move), float(part), int(values.nunique()))
     columns = ["correlation", "explained", "n_values"]
@@ -149,6 +156,16 @@ def sensitivity(
 
 # %% ../../nbs/9_ops/905_deployment.ipynb #0073a006
 DELTAS = (*KEPT, "win_rate", "total_return", "max_drawdown")
+
+
+def _measured(line: Mapping[str, Any] | None) -> bool:
+    "Whether there are figures, tables and folds of a configuration."
+    return line is not None and bool(line["metrics"])
+
+
+def _scored(line: Mapping[str, Any] | None) -> bool:
+    "Whether another configuration can be better or worse than this one."
+    return line is not None and _measured(line) and not pd.isna(line["score"])
 
 # %% ../../nbs/9_ops/905_deployment.ipynb #1eb95696
 def summarise(
@@ -162,7 +179,7 @@ def summarise(
     states = [t.state for t in tried if t is not base]
     best = order[0] if order else None
     deltas = {}
-    if best and base:
+    if best and base and base.metrics:
         new, old = flat_figures(best), flat_figures(base)
         deltas = {f"{n}_delta": new[n] - old[n] for n in ("score", *DELTAS)}
     return {
@@ -261,8 +278,8 @@ def fold_table(
     table = table.rename(columns={"score": "best"}).set_index("fold")
     for name in ("test_first", "test_last"):
         table[name] = table[name].astype(str).str[:10]
-    if base is not None:
-        table.insert(2, "baseline", [f["score"] for f in base["folds"]])
+    if _measured(base):
+        table.insert(2, "baseline", np.array([f["score"] for f in base["folds"]], float))
     return table
 
 
@@ -283,10 +300,12 @@ def headline(
     if best is None:
         return f"None of {summary['total_configs']} configurations could be ranked"
     found = f"{best['config_id']} scores {best['score']:.3f}"
-    if base is not None:
+    if _scored(base):
         found += f" against the baseline's {base['score']:.3f}"
         if best["score"] <= base["score"]:
             return f"Nothing beats the baseline: {found}"
+    elif base is not None:
+        found += " (the baseline has no score)"
     if not luck:
         return f"{found}; whether that is luck was not asked"
     if luck["is_luck"]:
@@ -373,6 +392,9 @@ def _blocked(summary: Mapping[str, Any]) -> str:  # empty when a plan makes sens
         return "no configuration could be ranked"
     if base is None:
         return "no baseline was measured, so there is no improvement to keep"
+    if not _scored(base):
+        why = f"{base['state']}: {base['reason']}"
+        return f"the baseline has no score ({why}), so there is no improvement to keep"
     if best["score"] <= base["score"]:
         return "no configuration beats the baseline"
     return ""
@@ -607,7 +629,7 @@ class FinishedSearch:
     def pair(self) -> list[str]:  # config_id of best, and of the baseline where it was measured
         "Whose tables are compared."
         found = (self.summary["best"], self.summary["baseline"])
-        return [x["config_id"] for x in found if x is not None]
+        return [x["config_id"] for x in found if _measured(x)]
 
     def table(self, config_id: str, name: str) -> pd.DataFrame:
         "`daily`, `trades` or `traces` of a configuration that was measured, out of fold."

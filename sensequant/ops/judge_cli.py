@@ -123,6 +123,7 @@ class Asked:
     run_id: str | None = None  # whose bars and predictions are taken
     skip_fetch: bool = False
     telemetry: bool = False
+    horizon_days: int | None = None  # sessions that a prediction of the run lasts
 
 # %% ../../nbs/9_ops/910_judge_cli.ipynb #c02986c2
 def _names(books: Mapping[str, Any]) -> list[str]:
@@ -270,6 +271,30 @@ def _before_holdout(
     return {s: b for s, b in seen.items() if len(b)}
 
 # %% ../../nbs/9_ops/910_judge_cli.ipynb #3c3dbbbe
+def _happened(
+    actions: Any,  # `ACTION_COLUMNS`
+    bars: Mapping[str, Any],  # bars by symbol
+) -> Any:  # those of the actions whose ex-date is not after the newest bar
+    "Who sees no later bar knows of no later corporate action."
+    return actions[actions["ex_date"] <= max(b.index[-1] for b in bars.values())]
+
+# %% ../../nbs/9_ops/910_judge_cli.ipynb #876aedc4
+def _named(
+    config: dict[str, Any],  # of a run
+    feed: Any,  # Feed
+    universe: str | None,  # as the person named it
+) -> tuple[dict[str, Any], list[str]]:  # configuration, symbols left out
+    "What a person named must be there; where it is not, that is wrong use, as it is of `run`."
+    from sensequant.ops.orchestrator import require_inputs
+
+    try:
+        found, left_out = present(config, feed, universe)
+        require_inputs(found, feed)
+    except DataError as error:
+        raise SettingsError(error.must, error.found, error.where, error.fix) from None
+    return found, left_out
+
+# %% ../../nbs/9_ops/910_judge_cli.ipynb #08e74d41
 def from_feed(
     asked: Asked,
     meter: Meter,
@@ -287,15 +312,15 @@ def from_feed(
     s = asked.settings
     config = o.run_config(s, list(asked.symbols)) | {"scope": "auto"}
     feed = o.open_feed(config, s.home)
-    config, left_out = present(config, feed, asked.universe)
-    o.require_inputs(config, feed)
+    config, left_out = _named(config, feed, asked.universe)
     store, result = _ingested(asked, feed, config["symbols"] or feed.symbols(), meter)
     usable = [c.symbol for c in result.coverages]
     if not usable:
         why = next((f"{r.symbol}: {r.reason}" for r in result.results if r.reason), None)
         raise DataError("at least one symbol must be usable", f"none of {len(result.results)}", why)
     bars = _before_holdout(read_range(store, feed.name, usable, result.span), s.start, held_out)
-    market = open_market(bars, s.interval, read_actions(actions_file(s.home)), feed.name)
+    actions = _happened(read_actions(actions_file(s.home)), bars)
+    market = open_market(bars, s.interval, actions, feed.name)
     moods = _moods(asked, market.seen) if s.sentiment and not feed.simulated else {}
     market = replace(market, start=pd.Timestamp(s.start, tz=IST), sentiment=moods)
     told = _notes(result, left_out)
@@ -304,7 +329,7 @@ def from_feed(
     index = (index[0], index[1][index[1].index <= last]) if index else None
     return Opened(market, feed.name, feed.simulated, index, told)
 
-# %% ../../nbs/9_ops/910_judge_cli.ipynb #08e74d41
+# %% ../../nbs/9_ops/910_judge_cli.ipynb #63b26ab2
 def _until(bars: Any, last: Any) -> Any:
     "Bars up to the end of the session that follows `last`."
     days = bars.index.normalize()
@@ -318,7 +343,6 @@ def from_run(asked: Asked) -> Opened:
 
     from sensequant.backtest.accounts import Market
     from sensequant.data.runs import benchmark_returns, open_run, pinned_bars, read_inputs
-    from sensequant.ops.orchestrator import open_feed
     from sensequant.trading.grid import build_grid
     from sensequant.trading.strategies import lay_scores
 
@@ -326,7 +350,7 @@ def from_run(asked: Asked) -> Opened:
     inputs, said = read_inputs(run), run.artifacts.read_parquet("predictions.parquet")
     named = asked.symbols or inputs.symbols
     if unknown := sorted(set(named) - set(inputs.symbols)):
-        raise DataError("each symbol must be in the run", spell_names(unknown), run.run_id)
+        raise SettingsError("each symbol must be in the run", spell_names(unknown), run.run_id)
     spoken = said[said["symbol"].isin(named)]
     if spoken.empty:
         raise DataError("the run must have predicted the symbols", spell_names(list(named)))
@@ -338,8 +362,7 @@ def from_run(asked: Asked) -> Opened:
     market = Market(build_grid(seen), seen, inputs.interval, start, scores=scores)
     returns = benchmark_returns(run)
     index = None if returns is None else (str(inputs.benchmark), returns)
-    config = run.artifacts.read_json("config.json")
-    source = open_feed(config, run.home).name if inputs.simulated else config["source"]
+    source = inputs.feed or run.artifacts.read_json("config.json")["source"]
     return Opened(market, source, inputs.simulated, index)
 
 # %% ../../nbs/9_ops/910_judge_cli.ipynb #41e4e99c
@@ -517,11 +540,12 @@ def read_options(
     fields |= {"source": "csv"} if given["csv_dir"] and not given["source"] else {}
     fields |= {"capital_inr": given["capital"]} if given["capital"] is not None else {}
     fields |= read_assignments(given["set_"] or [])
-    settings, run_id, pooled = load_settings(**fields), None, False
+    settings, run_id, pooled, lasts = load_settings(**fields), None, False, None
     if given["run"]:
         run = open_run(given["run"], settings.home)
         run_id, fields = run.run_id, fields | {"interval": str(read_inputs(run).interval)}
-        settings, pooled = load_settings(**fields), read_recipe(run).scope == "pooled"
+        settings, recipe = load_settings(**fields), read_recipe(run)
+        pooled, lasts = recipe.scope == "pooled", recipe.label.horizon_days
     names = read_strategies(given["strategy"])
     known = [n for books in open_accounts(names, settings).values() for n in _names(books)]
     pairs, others = split_params(given["params"] or [], list(dict.fromkeys(known)))
@@ -529,7 +553,7 @@ def read_options(
     symbols = read_symbols(given["symbols"], given["symbols_file"], given["universe"])
     accounts = open_accounts(names, settings, pairs, pooled)
     folder = new_folder(settings.home, given["output_dir"])
-    rest = (given["engine"], run_id, given["skip_fetch"], given["enable_telemetry"])
+    rest = (given["engine"], run_id, given["skip_fetch"], given["enable_telemetry"], lasts)
     return Asked(settings, tuple(symbols), given["universe"], accounts, folder, *rest)
 
 # %% ../../nbs/9_ops/910_judge_cli.ipynb #df48179c
@@ -624,5 +648,7 @@ def backtest(
     except SenseQuantError as error:
         raise refuse(error) from None
     except KeyboardInterrupt:
-        say("stopped; no account was written")
+        held = (asked.folder / "summary.json").exists()
+        kept = f"the accounts are in {asked.folder}, perhaps without all their traces"
+        say(f"stopped; {kept if held else 'no account was written'}")
         raise typer.Exit(INTERRUPTED) from None

@@ -8,6 +8,7 @@ __all__ = ['OPTIONS', 'remember', 'recall', 'Sought', 'read_search', 'holding', 
 
 # %% ../../nbs/9_ops/912_optimize_cli.ipynb #f00b3a3a
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import date, datetime
@@ -39,7 +40,8 @@ def remember(
     from sensequant.core.artifacts import write_atomic
     from sensequant.core.events import json_bytes
 
-    typed = {k: v for k, v in given.items() if v is not None and k not in _HERE}
+    places = {k: v.absolute() if isinstance(v, Path) else v for k, v in given.items()}
+    typed = {k: v for k, v in places.items() if v is not None and k not in _HERE}
     write_atomic(folder / OPTIONS, json_bytes({"options": typed, "space": content}, pretty=True))
 
 # %% ../../nbs/9_ops/912_optimize_cli.ipynb #575659da
@@ -54,7 +56,9 @@ def recall(
         must, fix = "the folder must hold a search", "Name the one that a search told"
         raise SettingsError(must, "none", folder, fix) from None
     before = {k: Path(v) if k in _PATHS else v for k, v in held["options"].items()}
-    return {**given, **before, **{k: v for k, v in given.items() if v is not None}}, held["space"]
+    flags = {"skip_fetch"}  # which are False where nobody typed them
+    typed = {k: v for k, v in given.items() if v is not None and (v or k not in flags)}
+    return {**given, **before, **typed}, held["space"]
 
 # %% ../../nbs/9_ops/912_optimize_cli.ipynb #75131ca1
 @dataclass(frozen=True)
@@ -192,7 +196,8 @@ def make_job(
     index = opened.benchmark[1] if opened.benchmark else None
     rules = (rules_of(s), opened.market, about, accuracy_rules(s), index)
     evaluator = RuleEvaluator(sought.strategy, books, *rules)
-    purge = holding(books, space, s.horizon_days, s.search_test_sessions)
+    lasts = sought.asked.horizon_days or s.horizon_days
+    purge = holding(books, space, lasts, s.search_test_sessions)
     job = Job(evaluator, space, folds_of(sought, opened, purge), plan_of(sought))
     return job, max(purge, 1)
 
@@ -235,7 +240,15 @@ def tell(summary: Mapping[str, Any], folder: Path) -> None:
     for line in summary["luck"].get("says", ()):
         say(f"  - {line}")
     say(f"Files      {folder}")
-    say(f"Next       sensequant report {folder} optimization; read {folder / 'deployment_plan.md'}")
+    say(f"Next       {_next(summary, folder)}")
+
+
+def _next(summary: Mapping[str, Any], folder: Path) -> str:
+    "What a person does now; where nothing has a rank, there is nothing to draw."
+    if summary["best"] is None:
+        return f"read {folder / 'accuracy_report.md'}: why nothing could be ranked"
+    told = shlex.join(["sensequant", "report", str(folder), "optimization"])
+    return f"{told}; read {folder / 'deployment_plan.md'}"
 
 # %% ../../nbs/9_ops/912_optimize_cli.ipynb #998579b7
 _OF_MARKET = ("symbols", "symbols_file", "universe", "start", "end", "source", "csv_dir",
@@ -310,6 +323,18 @@ def _validate(sought: Sought, opened: Opened) -> int:  # exit code
     return FINISHED if found.delta_tolerance_met else MISSED
 
 # %% ../../nbs/9_ops/912_optimize_cli.ipynb #d0923e2a
+def _left(sought: Sought) -> str:
+    "What an interruption leaves."
+    from sensequant.backtest.optimizer import SEARCH_SPEC
+
+    if sought.validate:
+        return f"the search in {sought.folder} is as it was"
+    if not (sought.folder / SEARCH_SPEC).exists():
+        return "nothing was sought yet"
+    words = ["sensequant", "optimize", "--resume", "--output-dir", str(sought.folder)]
+    return f"go on with: {shlex.join(words)}"
+
+# %% ../../nbs/9_ops/912_optimize_cli.ipynb #cba7f53a
 def run_search(sought: Sought) -> int:  # exit code
     "Open the market, then search or validate."
     asked, meter = sought.asked, Meter()
@@ -320,7 +345,7 @@ def run_search(sought: Sought) -> int:  # exit code
             say(f"warning: {note}")
         return _validate(sought, opened) if sought.validate else _search(sought, opened, meter)
     except KeyboardInterrupt:
-        say(f"interrupted; go on with: sensequant optimize --resume --output-dir {sought.folder}")
+        say(f"interrupted; {_left(sought)}")
         return INTERRUPTED
     finally:
         meter.end()

@@ -223,6 +223,8 @@ def pdf_bytes(
     wait_s: float = 120.0,  # after which it is given up
 ) -> bytes:
     "A page as Chromium prints it."
+    from sensequant.ops.orchestrator import PhaseFailed
+
     program = find_chromium()
     beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=beside, prefix="printing-") as name:
@@ -233,12 +235,11 @@ def pdf_bytes(
         try:
             done = subprocess.run([program, *how, *where], capture_output=True, timeout=wait_s)
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise DataError("Chromium must print the page", error, program) from error
+            raise PhaseFailed("Chromium must print the page", error, program) from error
         if not target.is_file():
             said = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-            raise DataError(
-                "Chromium must print the page", " ".join(said) or done.returncode, program
-            )
+            found = " ".join(said) or done.returncode
+            raise PhaseFailed("Chromium must print the page", found, program)
         return target.read_bytes()
 
 # %% ../../nbs/9_ops/911_report_cli.ipynb #8d8bd437
@@ -300,7 +301,7 @@ def report(
     """Make a report about a finished run, or the run's own pages anew.
 
     It is written beside the run's pages, or into the folder of a search; pdf needs Chromium. Ends
-    with 0 when it is written, 1 when the report stopped and 2 when used wrongly.
+    with 0 when it is written, 1 when the report or Chromium stopped and 2 when used wrongly.
     """
     from sensequant.ops import orchestrator as o
 
