@@ -406,7 +406,7 @@ def promotion_rates(
         raise DataError("a picture of rates needs a campaign", "none", "promotion_rates")
     first = table.iloc[0]
     title = f"{first['gate'].capitalize()} promoted {first['rate (%)']:.1f}% of the "
-    title += f"{first['market']} markets, at most {first['high (%)']:.1f}%"
+    title += f"{first['market']} markets ({first['low (%)']:.1f} to {first['high (%)']:.1f}%)"
     card, axes = figure(title, "promoted, % of the markets", height=0.9 + 0.34 * len(table))
     for y, row in enumerate(table.to_dict("records")):
         colour = PALETTE[0] if row["gate"] == first["gate"] else BENCHMARK

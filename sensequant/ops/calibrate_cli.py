@@ -133,9 +133,11 @@ def _lines(one: dict[str, Any]) -> str:
     found, gate = one["summary"], one["summary"]["gate"]
     name = found["market"] + (f" {found['signal_ic']:g}" if found["signal_ic"] else "")
     error = f" (standard error {found['rank_ic_error']:.4f})" if found["rank_ic_error"] else ""
-    bound = f"at most {100 * gate['at_most']:.2f} % with 95 % confidence"
-    if not found["signal_ic"]:
-        bound += f"; {max(gate['allowed'], 0)} may be promoted for a promise of 5 %"
+    low, high, most = (100 * gate[k] for k in ("low", "high", "at_most"))
+    bound = f"at most {most:.2f} % with 95 % confidence"
+    bound += f"; {max(gate['allowed'], 0)} may be promoted for a promise of 5 %"
+    if found["signal_ic"]:  # here promotions are what it is for
+        bound = f"{low:.1f} to {high:.1f} % with 95 % confidence"
     missing = f"; {one['missing']} markets have no answer yet" if one["missing"] else ""
     skill = (
         f"mean rank IC {found['rank_ic']:+.4f}{error}" if found["rank_ic"] is not None else "no IC"
