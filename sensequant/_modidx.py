@@ -2491,6 +2491,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'sensequant/govern/briefing.py'),
                                             'sensequant.govern.briefing._pair': ( '7_govern/briefing.html#_pair',
                                                                                   'sensequant/govern/briefing.py'),
+                                            'sensequant.govern.briefing._parts': ( '7_govern/briefing.html#_parts',
+                                                                                   'sensequant/govern/briefing.py'),
                                             'sensequant.govern.briefing._rule_line': ( '7_govern/briefing.html#_rule_line',
                                                                                        'sensequant/govern/briefing.py'),
                                             'sensequant.govern.briefing._training': ( '7_govern/briefing.html#_training',

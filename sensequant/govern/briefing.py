@@ -220,6 +220,23 @@ def _rule_line(stats: dict[str, Any], scope: str) -> str:
     )
 
 # %% ../../nbs/7_govern/76_briefing.ipynb #ed841539
+_WHOLE = ("leak_checks", "coverage", "data_quality", "costs", "ledger", "audit")
+
+
+def _parts(
+    checks: list[dict[str, Any]],  # of the gate, with `name`
+) -> dict[str, list[dict[str, Any]]]:  # of each short table, by what it is about; none is empty
+    "Conditions of the candidate, of what it rests on, and of what it earned."
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    kinds |= {k: [] for k in ("of the candidate", "of its evidence", "in the returns")}
+    for c in checks:
+        part = part_of(c["name"])
+        about = "of its evidence" if c["name"] in _WHOLE else "of the candidate"
+        if part != "reference":
+            kinds["in the returns" if part == "skill" else about].append(c)
+    return {about: rows for about, rows in kinds.items() if rows}
+
+# %% ../../nbs/7_govern/76_briefing.ipynb #6199b7d4
 def briefing_text(
     briefing: dict[str, Any],  # from `build_briefing`
 ) -> str:  # Markdown
@@ -235,11 +252,8 @@ def briefing_text(
     lines += [f"Run `{briefing['run_id']}`, status **{briefing['status']}**, {gate['kind']}.", ""]
     lines += [briefing["certificate"], ""]
     lines += [f"- {r}" for r in gate["reasons"]] + ([""] if gate["reasons"] else [])
-    for part, about in (("evidence", "before returns count"), ("skill", "in the returns")):
-        rows = [c for c in gate["checks"] if part_of(c["name"]) == part]
-        lines += (
-            [f"## What had to hold {about}", "", *markdown_table(_checks(rows)), ""] if rows else []
-        )
+    for about, rows in _parts(gate["checks"]).items():
+        lines += [f"## What had to hold {about}", "", *markdown_table(_checks(rows)), ""]
     lines += ["## Evidence", "", *markdown_table(evidence_table(briefing).reset_index()), ""]
     lines += [_rule_line(briefing["statistical_tests"], briefing["training"]["scope"]), ""]
     lines += ["## Training", "", *_training_lines(briefing["training"]), ""]
