@@ -39,7 +39,7 @@ from sensequant.learn.records import (
 )
 from sensequant.learn.tables import POOLED, read_recipe
 from sensequant.market.calendar import sessions
-from sensequant.ops.cli import app
+from sensequant.ops.main import app
 from sensequant.ops.orchestrator import (
     PHASES,
     begin_run,
