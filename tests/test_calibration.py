@@ -360,7 +360,7 @@ def test_the_certificate_promises_what_the_worst_null_bears(tmp_path, bound):
     path = tmp_path / "certificate.json"
     path.write_bytes(json_bytes(made, pretty=True))
     standing = certificate_for_current_code(load_settings(), rank_ic_judge, path=path)
-    assert standing.matches and "2.0 %, at most 4.5 % with 95 % confidence" in standing.sentence
+    assert standing.matches and "2.00 %, at most 4.52 % with 95 % confidence" in standing.sentence
     none = tmp_path / "none.json"
     assert not certificate_for_current_code(load_settings(), rank_ic_judge, path=none).matches
     with pytest.raises(GateError, match="of 200 null markets at most 4 may be promoted"):

@@ -397,7 +397,7 @@ PROMISED = 5.0  # % of the markets with nothing to find
 
 
 def promotion_rates(
-    table: pd.DataFrame,  # of `certificate.rate_table`, at most 12 rows; rates in %
+    table: pd.DataFrame,  # of `certificate.rate_table`; rates in %
 ) -> Card:
     "Promotion rates with their 95 % bounds, % of the markets."
     columns = ["market", "gate", "promoted", "markets", "rate (%)", "low (%)", "high (%)"]

@@ -221,14 +221,14 @@ def _rule_line(stats: dict[str, Any], scope: str) -> str:
 
 # %% ../../nbs/7_govern/76_briefing.ipynb #ed841539
 _WHOLE = ("leak_checks", "coverage", "data_quality", "costs", "ledger", "audit")
+_ABOUT = ("of the candidate", "of its evidence", "in the returns")
 
 
 def _parts(
     checks: list[dict[str, Any]],  # of the gate, with `name`
 ) -> dict[str, list[dict[str, Any]]]:  # of each short table, by what it is about; none is empty
     "Conditions of the candidate, of what it rests on, and of what it earned."
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    kinds |= {k: [] for k in ("of the candidate", "of its evidence", "in the returns")}
+    kinds: dict[str, list[dict[str, Any]]] = {about: [] for about in _ABOUT}
     for c in checks:
         part = part_of(c["name"])
         about = "of its evidence" if c["name"] in _WHOLE else "of the candidate"

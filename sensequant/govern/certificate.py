@@ -445,7 +445,7 @@ def promise(
     certificate: Mapping[str, Any],
 ) -> str:
     "The figures of a certificate in words."
-    rate, most = (f"{100 * certificate[k]:.1f} %" for k in ("rate", "at_most"))
+    rate, most = (f"{100 * certificate[k]:.2f} %" for k in ("rate", "at_most"))
     sure = f"{100 * certificate['confidence']:.0f} % confidence"
     return f"a gate with a measured false-promotion rate of {rate}, at most {most} with {sure}"
 

@@ -161,7 +161,7 @@ def _likeness(
     seed: int,  # of both markets
 ) -> str:
     "How much the simulated markets, plain and fitted, are like real shares."
-    from sensequant.backtest.calibration import compare_panels, make_market
+    from sensequant.backtest.calibration import REAL_FACTS, compare_panels, make_market
 
     plans = {m: replace(plan, market=m, signal_ic=0.0, folder=None) for m in ("null", "fitted")}
     beside = (
@@ -171,8 +171,8 @@ def _likeness(
         .reset_index()
         .fillna("")
     )
-    told = "\n## How real are the markets?\n\nDaily log returns of 67 real shares, and simulated.\n"
-    return told + _as_text(beside)
+    told = f"Daily log returns of {REAL_FACTS['symbols']:.0f} real shares, and simulated."
+    return f"\n## How real are the markets?\n\n{told}\n{_as_text(beside)}"
 
 
 def write_report(
@@ -191,7 +191,7 @@ def write_report(
     from sensequant.govern.pages import Heading, frame_page, prose, write_page
 
     table = rate_table(*(one["summary"] for one in held))
-    picture, like = png(promotion_rates(table.head(12))), _likeness(plan, seed=1)
+    picture, like = png(promotion_rates(table)), _likeness(plan, seed=1)
     write_atomic(folder / "calibration.json", json_bytes([h["summary"] for h in held], pretty=True))
     write_atomic(folder / "promotion_rates.png", picture)
     source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
