@@ -3,6 +3,7 @@ had happened, and its certificate knows which code it was made with."""
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -34,18 +35,21 @@ from sensequant.backtest.calibration import (
 )
 from sensequant.core.errors import DataError, GateError, SettingsError
 from sensequant.core.events import append_lines, json_bytes
-from sensequant.core.settings import load_settings
+from sensequant.core.settings import Settings, load_settings
 from sensequant.data.bars import check_bars
 from sensequant.govern import certificate
 from sensequant.govern.certificate import (
     ABOUT,
     ANSWERS,
+    BESIDE,
+    PIPELINE,
     Campaign,
     bind,
     calibrate,
     certificate_for_current_code,
     clopper_pearson,
     fingerprint,
+    imported_modules,
     make_certificate,
     most_promotions,
     read_answers,
@@ -414,6 +418,34 @@ def test_the_fingerprint_is_that_of_the_judge_too():
     own = bind(load_settings(), judged).modules
     assert {"sensequant.govern.judgement", "sensequant.backtest.gate"} <= own.keys()
     assert not {"sensequant.govern.judgement", "sensequant.backtest.gate"} & fingerprint().keys()
+
+
+def replaced(copy, old, new):
+    "Which hashes differ after a change of the settings."
+    before, path = fingerprint(root=copy), copy / "core/settings.py"
+    text = path.read_text("utf-8")
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new), "utf-8")
+    after = fingerprint(root=copy)
+    return {k for k in before if before[k] != after[k]}
+
+
+def test_settings_of_what_follows_a_verdict_are_not_bound_and_the_others_are(copy):
+    assert replaced(copy, "audit_max_alerts: int", "audit_alerts: int") == set()
+    assert replaced(copy, "audit_keep_days: int", "audit_hold_days: int") == set()
+    assert replaced(copy, "yearly_error: float", "monthly_error: float") == {
+        "sensequant.core.settings"
+    }
+
+
+def test_no_bound_module_reads_a_setting_that_is_not_bound():
+    bases = {group.__name__: group for group in Settings.__mro__}
+    names = {name for group in BESIDE for name in bases[group].model_fields}
+    assert len(names) > 20
+    modules = imported_modules([*PIPELINE, judged.__module__])
+    for module in modules.keys() - {"sensequant.core.settings"}:
+        words = set(re.findall(r"\w+", modules[module].read_text("utf-8")))
+        assert not words & names, module
 
 
 def test_answers_survive_their_file(tmp_path):

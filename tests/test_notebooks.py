@@ -48,8 +48,8 @@ def exported(path: Path) -> list[str]:
 
 
 def number(path: Path) -> int:
-    "The two digits a chapter begins with; the last layer may take three."
-    return int(re.match(r"(\d\d|9\d\d)_", path.name)[1])
+    "The two digits a chapter begins with; what only commands and phases use may take three."
+    return int(re.match(r"(\d\d|[79]\d\d)_", path.name)[1])
 
 
 def contents(folder: Path) -> dict[str, bytes]:

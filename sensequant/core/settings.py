@@ -526,8 +526,140 @@ class BrokerSettings(BaseModel):
         2.0, 0.001, 600, "s", "wait before the second try; each later wait is twice as long"
     )
 
+# %% ../../nbs/0_core/02_settings.ipynb #552afb68
+class AuditSettings(BaseModel):
+    "What an audit flags as a risk, and how long its bundles are kept at hand."
+
+    audit_sharpe_drop: float = _number(
+        0.2, 0, 10, "a year", "loss of Sharpe ratio against the baseline that is flagged"
+    )
+    audit_win_rate_drop: float = _number(0.05, 0, 1, "fraction", "loss of win rate that is flagged")
+    audit_hit_ratio_drop: float = _number(
+        0.10, 0, 1, "fraction", "loss of hit ratio that is flagged"
+    )
+    audit_max_alerts: int = _number(
+        3, 0, 10_000, "alerts", "of accuracy, above which it is flagged"
+    )
+    audit_min_sentiment_frac: float = _number(
+        0.80,
+        0,
+        1,
+        "fraction",
+        "days with sentiment, at or below which it is flagged where it is used",
+    )
+    audit_max_age_sessions: int = _number(
+        10, 0, 1000, "sessions", "from the newest bar to the audit, beyond which data are stale"
+    )
+    audit_archive_days: int = _number(
+        183, 1, 3660, "days", "after which a bundle goes to the archive"
+    )
+    audit_keep_days: int = _number(
+        366, 366, 36_600, "days", "an archived bundle is kept at least; older ones may be pruned"
+    )
+
+# %% ../../nbs/0_core/02_settings.ipynb #337724f4
+class PromotionSettings(BaseModel):
+    "What a student must gain, who signs, and what needs no signature."
+
+    promotion_min_precision_uplift: float = _number(
+        0.02, -1, 1, "fraction", "precision of LONG over the baseline's"
+    )
+    promotion_min_hit_ratio_uplift: float = _number(
+        0.02, -1, 1, "fraction", "hit ratio over the baseline's"
+    )
+    promotion_min_sharpe_uplift: float = _number(
+        0.05, -10, 10, "a year", "Sharpe ratio over the baseline's"
+    )
+    promotion_require_all_criteria: bool = _word(
+        True, "whether all three must hold, or one is enough", "", "true or false"
+    )
+    candidate_auto_approve: bool = _word(
+        False, "approve for staging without a signature, never for production", "", "true or false"
+    )
+    candidate_approval_threshold: float = _number(
+        3.0, 0, 100, "t-value", "of the hold-out's rank IC that an automatic approval needs"
+    )
+    release_type: Literal["major", "minor", "hotfix"] = _word(
+        "minor", "how large a change a run proposes", "", "major, minor or hotfix"
+    )
+    release_roles: str = _word(
+        "Engineering Lead, Risk Manager", "who must sign, commas between; one person a role"
+    )
+    release_major_roles: str = _word(
+        "Business Owner", "who must sign a major release too, commas between"
+    )
+    keys_dir: Folder = Field(
+        default_factory=lambda: Path.home() / ".config" / "sensequant" / "keys",
+        description="folder of private keys, outside the clone",
+    )
+    approver_keys: str = _word(
+        "", "NAME=FINGERPRINT, commas between: when given, no other key counts"
+    )
+
+# %% ../../nbs/0_core/02_settings.ipynb #8d922805
+class ReleaseSettings(BaseModel):
+    "How long a release is staged, and how closely a deployed one is watched."
+
+    staging_sessions: int = _number(2, 0, 250, "sessions", "full ones in staging before production")
+    watch_hours: float = _number(
+        48.0, 0, 10_000, "h of market time", "after a deployment that it is watched more closely"
+    )
+    watch_check_hours: float = _number(
+        2.0, 0.1, 1000, "h", "while watched closely: from one check to the next"
+    )
+    watch_hit_ratio_drop: float = _number(
+        0.05, 0, 1, "fraction", "while watched closely: loss of hit ratio that alerts"
+    )
+    watch_precision_drop: float = _number(
+        0.05, 0, 1, "fraction", "while watched closely: loss of precision that alerts"
+    )
+    watch_sharpe_drop: float = _number(
+        0.15, 0, 10, "a year", "while watched closely: loss of Sharpe ratio that alerts"
+    )
+    watch_drawdown: float = _number(
+        0.05, 0, 1, "fraction", "while watched closely: drawdown that alerts"
+    )
+    watch_intraday_hours: float = _number(
+        6.0, 0.1, 10_000, "h", "while watched closely: window of intraday opinions"
+    )
+    watch_swing_hours: float = _number(
+        24.0, 0.1, 10_000, "h", "while watched closely: window of opinions held overnight"
+    )
+    monitor_check_hours: float = _number(4.0, 0.1, 1000, "h", "from one check to the next")
+    monitor_hit_ratio_drop: float = _number(0.10, 0, 1, "fraction", "loss of hit ratio that alerts")
+    monitor_precision_drop: float = _number(0.10, 0, 1, "fraction", "loss of precision that alerts")
+    monitor_sharpe_drop: float = _number(0.25, 0, 10, "a year", "loss of Sharpe ratio that alerts")
+    monitor_drawdown: float = _number(0.10, 0, 1, "fraction", "drawdown that alerts")
+    monitor_intraday_hours: float = _number(24.0, 0.1, 10_000, "h", "window of intraday opinions")
+    monitor_swing_days: float = _number(
+        90.0, 0.1, 3660, "days", "window of opinions held overnight"
+    )
+
+# %% ../../nbs/0_core/02_settings.ipynb #1dd1a283
+class RetrainSettings(BaseModel):
+    "When data are fetched and models trained anew, and which of these runs may propose."
+
+    retrain_fetch_at: str = _word("18:00", "IST; daily fetch, Monday to Friday", "HH:MM")
+    retrain_at: str = _word("02:00", "IST; weekly, monthly and quarterly runs", "HH:MM")
+    retrain_weekly_days: int = _number(
+        90, 1, 3660, "days", "whose bars a weekly run fetches and trains on anew"
+    )
+    retrain_monthly_days: int = _number(
+        365, 1, 3660, "days", "whose bars a monthly run fetches and trains on anew"
+    )
+    retrain_propose: Literal["never", "quarterly", "monthly", "weekly"] = _word(
+        "quarterly",
+        "which scheduled runs ask for promotion: these and the rarer ones",
+        "",
+        "never, quarterly, monthly or weekly",
+    )
+
 # %% ../../nbs/0_core/02_settings.ipynb #00d5abaa
 class Settings(
+    RetrainSettings,
+    ReleaseSettings,
+    PromotionSettings,
+    AuditSettings,
     BrokerSettings,
     BookSettings,
     SentimentSettings,

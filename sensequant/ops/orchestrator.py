@@ -164,7 +164,7 @@ GROUPED = {  # what phases take together, by the name of the parameter
     "gate": GATE_KEYS,
 }
 FLAGS = ("skip_fetch", "force", "incremental")  # of one command, no setting
-NOT_GIVEN = ("home", *SECRETS)
+NOT_GIVEN = ("home", "keys_dir", *SECRETS)
 _SERVICES = (FetchSettings, SentimentSettings, BookSettings, BrokerSettings)
 SERVICE_KEYS = tuple(n for g in _SERVICES for n in g.model_fields if n not in SECRETS)
 
