@@ -5,10 +5,10 @@ only grows."""
 
 # %% auto #0
 __all__ = ['ARROWS', 'STATES', 'RESTORED_BY', 'SIGNABLE', 'APPROVED', 'refuse_move', 'register_path', 'signed_roles',
-           'complete_for', 'Register', 'enrol_key', 'known_key', 'find_run', 'nominate', 'Case', 'required_roles',
-           'open_case', 'adopt', 'changed_files', 'require_files', 'read_verdict', 'allowed_environments', 'find_role',
-           'approval_files', 'approvals_lock', 'approve', 'holdout_t', 'check_approvals', 'reject', 'auto_approve',
-           'get_candidate_runs', 'get_latest_candidate_run']
+           'complete_for', 'Register', 'enrol_key', 'known_key', 'find_run', 'nominate', 'Case', 'roles_to_sign',
+           'open_case', 'adopt', 'changed_files', 'require_files', 'passed_verdict', 'allowed_environments',
+           'find_role', 'approval_files', 'approvals_lock', 'approve', 'holdout_t', 'check_approvals', 'reject',
+           'auto_approve', 'get_candidate_runs', 'get_latest_candidate_run']
 
 # %% ../../nbs/7_govern/74_promotion.ipynb #a2fc3f01
 import getpass
@@ -22,8 +22,6 @@ from datetime import datetime
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from ..core.artifacts import sha256_file, write_atomic
 from ..core.errors import DataError, GateError
@@ -62,6 +60,7 @@ from sensequant.govern.approvals import (
     verify_approval,
     write_public,
 )
+from .manifest import parse_manifest, release_id_of
 
 # %% ../../nbs/7_govern/74_promotion.ipynb #c7116c16
 ARROWS: dict[str, tuple[str, ...]] = {
@@ -102,11 +101,6 @@ def register_path(
 
 
 _ALWAYS = ("by", "why", "run_id", "release_id", "manifest_sha256")
-
-
-def _release_of(run_id: str) -> str:
-    "The release that a run can become."
-    return run_id.replace("live_candidate_", "release_", 1)
 
 
 def _read(c: sqlite3.Connection, kind: str | None, run_id: str | None) -> list[dict[str, Any]]:
@@ -158,8 +152,10 @@ class _Entries(_Chain):
     def _enter(self, c: sqlite3.Connection, kind: str, body: dict[str, Any], at: str) -> int:
         "Add a row; release and manifest follow from the run where they are not told."
         run_id = body.get("run_id", "")
-        known = {"release_id": _release_of(run_id), "manifest_sha256": _manifest(c, run_id)}
-        told = dict.fromkeys(_ALWAYS, "") | (known if run_id else {}) | body
+        told = dict.fromkeys(_ALWAYS, "")
+        if run_id:
+            told |= {"release_id": release_id_of(run_id), "manifest_sha256": _manifest(c, run_id)}
+        told |= body
         if not str(told["by"]).strip():
             raise GateError("a row needs to say who", "nobody", f"{kind} {run_id}")
         return self._append(c, told | {"kind": kind, "at": at})
@@ -509,16 +505,15 @@ class Case:
     @property
     def release_id(self) -> str:
         "The release it can become."
-        return _release_of(self.run.run_id)
+        return release_id_of(self.run.run_id)
 
 
-def required_roles(
+def roles_to_sign(
     manifest: dict[str, Any],
     settings: Settings,
 ) -> tuple[str, ...]:
     "Who must sign: roles of the manifest, of the settings now, and more for a major release."
-    named = manifest.get("approvals", {}).get("roles", [])
-    major = manifest.get("release_type", settings.release_type) == "major"
+    named, major = manifest["approvals"]["roles"], manifest["release_type"] == "major"
     more = read_roles(settings.release_major_roles, "release_major_roles") if major else ()
     roles = merge_roles(named, read_roles(settings.release_roles), more)
     if not roles:
@@ -542,9 +537,9 @@ def _judged_manifest(run: Run, known: dict[str, str]) -> tuple[dict[str, Any], s
                 "Restore it from a backup, or begin a new run; what changed is not what was judged"
             )
             raise GateError(must, found[:16], path, fix)
-    manifest = yaml.load(data, Loader=yaml.CSafeLoader)
-    if not isinstance(manifest, dict):
-        raise GateError("a manifest must hold its fields", type(manifest).__name__, path)
+    manifest = parse_manifest(data, path)
+    if manifest["run_id"] != run.run_id:
+        raise GateError("a manifest must be of its run", manifest["run_id"], path)
     return manifest, found
 
 
@@ -566,7 +561,7 @@ def open_case(
     }
     manifest, sha256 = _judged_manifest(run, known)
     settings = load_settings(home=home)
-    roles = required_roles(manifest, settings)
+    roles = roles_to_sign(manifest, settings)
     return Case(run, str(register.state(run_id)), manifest, sha256, roles, settings)
 
 
@@ -581,7 +576,6 @@ def changed_files(
 ) -> list[str]:  # paths below the run
     "Files that are not what the manifest names."
     root = case.run.folder.resolve()
-    files: dict[str, Any] = case.manifest.get("files") or case.manifest.get("artifacts") or {}
 
     def same(rel: str, named: dict[str, Any]) -> bool:
         path = root / rel
@@ -592,18 +586,13 @@ def changed_files(
         except OSError:
             return False
 
-    return sorted(rel for rel, named in files.items() if not same(rel, named))
+    return sorted(rel for rel, named in case.manifest["files"].items() if not same(rel, named))
 
 
 def require_files(
     case: Case,
 ) -> None:
     "Refuse a candidate whose files are not what its manifest names."
-    files = case.manifest.get("files") or case.manifest.get("artifacts") or {}
-    if "verdict.json" not in files:
-        raise GateError(
-            "a manifest must name the verdict", "none", case.run.folder / "manifest.yaml"
-        )
     if changed := changed_files(case):
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         fix = "Restore it from a backup, or begin a new run"
@@ -611,25 +600,24 @@ def require_files(
         raise GateError(must, f"{changed[0]}{more}", case.run.folder, fix)
 
 # %% ../../nbs/7_govern/74_promotion.ipynb #5ce916fd
-def read_verdict(
-    case: Case,  # with its files checked
+def passed_verdict(
+    case: Case,
 ) -> dict[str, Any]:
-    "The gate's verdict; refused when it did not pass."
-    verdict = case.run.artifacts.read_json("verdict.json")
-    if not verdict.get("passed"):
+    "The gate's verdict, which the manifest holds; refused when it did not pass."
+    verdict = case.manifest["gate"]
+    if verdict.get("passed") is not True:
         raise GateError("the gate must have passed", verdict.get("headline"), case.run.run_id)
     return verdict
 
 
 def allowed_environments(
-    case: Case,  # with its files checked
+    case: Case,
     asked: Sequence[str] | None = None,  # None for all that are allowed
 ) -> tuple[str, ...]:
     "Where an approval may send it; refused when more is asked than the gate allows."
-    named = read_verdict(case)["environments"]
-    ceiling = case.manifest.get("approvals", {}).get("environments", ENVIRONMENTS)
-    simulated = bool(case.manifest["simulated"]) or read_inputs(case.run).simulated
-    allowed = [e for e in ENVIRONMENTS if e in named and e in ceiling]
+    named, told = passed_verdict(case)["environments"], case.manifest["approvals"]["environments"]
+    simulated = case.manifest["simulated"] or read_inputs(case.run).simulated
+    allowed = [e for e in ENVIRONMENTS if e in named and e in told]
     allowed = [e for e in allowed if not (simulated and e == "production")]
     for environment in asked or ():
         if environment in allowed:
@@ -849,7 +837,7 @@ def _automatic(case: Case, rows: Sequence[dict[str, Any]]) -> list[Approval]:
     row = next((r for r in rows if r["by"] == AUTO), None)
     if row is None or row["manifest_sha256"] != case.manifest_sha256:
         return []
-    t = holdout_t(read_verdict(case))
+    t = holdout_t(passed_verdict(case))
     if t is None or t < row["threshold"]:
         return []
     who = (row["manifest_sha256"], row["release_id"], row["run_id"], AUTO, AUTO, ("staging",))
@@ -930,7 +918,7 @@ def auto_approve(
         if case.status != "ready-for-review":
             return f"the candidate is {case.status}"
         require_files(case)
-        t, least = holdout_t(read_verdict(case)), settings.candidate_approval_threshold
+        t, least = holdout_t(passed_verdict(case)), settings.candidate_approval_threshold
         if "staging" not in allowed_environments(case):
             return "the gate does not allow staging"
         if t is None or t < least:
@@ -961,7 +949,7 @@ _SHOWN = ("training", "validation", "statistical_tests")
 def _facts_of(run: Run, candidate: CandidateRecord, status: str) -> dict[str, Any]:
     "One candidate for a list; what its briefing cannot tell is empty, and `note` says why."
     found: dict[str, Any] = {"run_id": run.run_id, "timestamp": candidate.created_at.isoformat()}
-    found |= {"status": status, "release_id": _release_of(run.run_id)}
+    found |= {"status": status, "release_id": release_id_of(run.run_id)}
     briefing, note = {}, ""
     try:
         briefing = run.artifacts.read_json("promotion_briefing.json")
