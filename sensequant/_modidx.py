@@ -4473,6 +4473,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'sensequant/ops/calibrate_cli.py')},
             'sensequant.ops.candidates_cli': { 'sensequant.ops.candidates_cli._latest': ( '9_ops/candidates_cli.html#_latest',
                                                                                           'sensequant/ops/candidates_cli.py'),
+                                               'sensequant.ops.candidates_cli._lines': ( '9_ops/candidates_cli.html#_lines',
+                                                                                         'sensequant/ops/candidates_cli.py'),
                                                'sensequant.ops.candidates_cli._next': ( '9_ops/candidates_cli.html#_next',
                                                                                         'sensequant/ops/candidates_cli.py'),
                                                'sensequant.ops.candidates_cli._passphrase': ( '9_ops/candidates_cli.html#_passphrase',
