@@ -1,5 +1,5 @@
-"""Candidates small enough to be made in a moment: a judged run of three files with a whole manifest,
-and people with keys. Imports what workers may import too."""
+"""Candidates made in a moment: a judged run of three files with a whole manifest, and people with
+keys. Imports what workers may import too."""
 
 import os
 from pathlib import Path

@@ -201,7 +201,8 @@ def new_key(
     made = _opened(name, Ed25519PrivateKey.generate())
     lock = serialization.BestAvailableEncryption(secret)
     kind = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, lock)
-    _write_secret(path, made.key.private_bytes(*kind))
+    about = f"fingerprint {made.public.fingerprint}\n".encode()
+    _write_secret(path, about + made.key.private_bytes(*kind))
     write_public(home, made.public)
     return made.public
 
@@ -257,19 +258,23 @@ def load_private(
 ) -> PrivateKey:
     "Open a private key; refused when it is not whole, not Ed25519, or the passphrase is wrong."
     path = private_path(keys_dir, name)
-    data = _read_secret(path).strip()
-    if not (data.startswith(_BEGIN) and data.endswith(_END)):
+    about, mark, rest = _read_secret(path).strip().rpartition(_BEGIN)
+    if not (mark and rest.endswith(_END)):
         fix = "Restore it from a backup, or make a new one under another name"
         raise GateError("a private key must be whole, and encrypted", "another text", path, fix)
     try:
-        key = serialization.load_pem_private_key(data, passphrase.encode() or b"\0")
+        key = serialization.load_pem_private_key(mark + rest, passphrase.encode() or b"\0")
     except (ValueError, TypeError, UnsupportedAlgorithm):
         fix = "Try again; a forgotten passphrase cannot be recovered"
         must = "the passphrase must open the key"
         raise GateError(must, "a wrong one, or a damaged file", path, fix) from None
     if not isinstance(key, Ed25519PrivateKey):
         raise GateError("a private key must be Ed25519", type(key).__name__, path)
-    return _opened(name, key)
+    opened = _opened(name, key)
+    if about and about != f"fingerprint {opened.public.fingerprint}\n".encode():
+        must, fix = "a private key must be the one that was written", "Restore it from a backup"
+        raise GateError(must, f"the key {opened.public.fingerprint}", path, fix)
+    return opened
 
 # %% ../../nbs/7_govern/73_approvals.ipynb #6b31c1a1
 CONTEXT = "sensequant approval 1"

@@ -17,7 +17,7 @@ import json
 import re
 import sqlite3
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from difflib import get_close_matches
 from pathlib import Path
@@ -496,11 +496,7 @@ class Case:
     manifest_sha256: str
     roles: tuple[str, ...]  # required
     settings: Settings
-
-    @property
-    def register(self) -> Register:
-        "The register of the house."
-        return Register(register_path(self.run.home))
+    register: Register = field(repr=False)
 
     @property
     def release_id(self) -> str:
@@ -562,7 +558,8 @@ def open_case(
     manifest, sha256 = _judged_manifest(run, known)
     settings = load_settings(home=home)
     roles = roles_to_sign(manifest, settings)
-    return Case(run, str(register.state(run_id)), manifest, sha256, roles, settings)
+    status = str(register.state(run_id))
+    return Case(run, status, manifest, sha256, roles, settings, register)
 
 
 def adopt(run: Run, candidate: CandidateRecord, register: Register) -> None:
@@ -829,7 +826,8 @@ def _signed(case: Case, row: dict[str, Any], environment: str) -> Approval:
     "One signature, verified from its file."
     path = case.run.home / row["file"]
     held = read_approval(path)
-    if held.signature != row["signature"]:
+    same = ("name", "fingerprint", "signature")
+    if any(getattr(held, n) != row[n] for n in same):
         fix = "Restore it from a backup; find out who replaced it"
         raise GateError("an approval must be the one in the register", "another", path, fix)
     about = (held.run_id, held.manifest_sha256, role_slug(held.role))

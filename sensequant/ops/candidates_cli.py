@@ -10,6 +10,7 @@ __all__ = ['VARIABLE', 'keys', 'candidates', 'new_key', 'key_rows', 'list_keys',
 import getpass
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +56,11 @@ def _refusals() -> Iterator[None]:
         raise refuse(error, FAILED) from None
     except SenseQuantError as error:
         raise refuse(error) from None
+
+
+def _print(table: Table) -> None:
+    "A table as wide as the terminal, or as wide as a file wants it."
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def _passphrase(
@@ -145,7 +151,7 @@ def list_keys(as_json: _JSON = False) -> None:
         for r in rows:
             about = (r["name"], r["fingerprint"], r["enrolled_at"][:16], r["enrolled_by"])
             table.add_row(*about, *(_yes(r[k]) for k in ("private_here", "pinned", "counts")))
-        Console().print(table)
+        _print(table)
         for r in rows:
             if r["why_not"]:
                 say(f"{r['name']} does not count: {r['why_not']}")
@@ -211,7 +217,7 @@ def list_candidates(
             shown = "" if ic is None else f"{ic:+.4f}"
             about = (r["run_id"], r["timestamp"][:16], kind, r["status"])
             table.add_row(*about, str(stats.get("n_sessions", "")), shown)
-        Console().print(table)
+        _print(table)
 
 # %% ../../nbs/9_ops/914_candidates_cli.ipynb #915f1fa6
 _NEXT = {
@@ -308,7 +314,7 @@ def show_candidate(run: _RUN, as_json: _JSON = False) -> None:
         table = Table("when (IST)", "step", "by", "why")
         for row in told["history"]:
             table.add_row(row["at"][:16], row["to"], row["by"], row["why"])
-        Console().print(table)
+        _print(table)
         say(f"{'Next':<{width}}  {told['next']}")
 
 # %% ../../nbs/9_ops/914_candidates_cli.ipynb #4dfb1a30
