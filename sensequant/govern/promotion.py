@@ -281,7 +281,7 @@ class _Checked(_Steps):
         "Refuse to go on with a register that is not as it was written."
         proof = self.verify(heads)
         if not proof.intact:
-            fix = "Restore the newest backup of the file; `sensequant candidates` work on it alone"
+            fix = "Restore the newest backup of the file"
             raise GateError("the register must be as it was written", proof.wrong, self.path, fix)
 
     def require_now(
