@@ -484,7 +484,7 @@ def _notes(case: _Case) -> Iterator[str]:
 
 def verify_run(
     run: Run,
-    deep: bool = True,  # read models, predict, trade and render again; False: bytes and chains alone
+    deep: bool = True,  # read models, predict, trade and render again, not bytes and chains alone
     tell: Callable[[str], None] | None = None,  # called with the name of each step before it
 ) -> Verification:
     "Look at everything a run has; a damaged one is an answer, not an error."
