@@ -2762,6 +2762,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'sensequant/govern/reproduction.py'),
                                                 'sensequant.govern.reproduction._bring_ledger': ( '7_govern/reproduction.html#_bring_ledger',
                                                                                                   'sensequant/govern/reproduction.py'),
+                                                'sensequant.govern.reproduction._by_name': ( '7_govern/reproduction.html#_by_name',
+                                                                                             'sensequant/govern/reproduction.py'),
                                                 'sensequant.govern.reproduction._cells': ( '7_govern/reproduction.html#_cells',
                                                                                            'sensequant/govern/reproduction.py'),
                                                 'sensequant.govern.reproduction._compare': ( '7_govern/reproduction.html#_compare',
