@@ -39,7 +39,6 @@ from sensequant.ops.orchestrator import (
     Silent,
     Watcher,
     go_on,
-    open_feed,
     require_folders,
     state_of,
 )
@@ -102,7 +101,7 @@ def _begin_again(run: Run, manifest: Mapping[str, Any], home: Path) -> Run:
         make_folder(twin.folder)
         make_folder(twin.pages)
         twin.artifacts.write_json("config.json", config)
-        state.start_run(given, config, os.getpid(), open_feed(config, home).simulated)
+        state.start_run(given, config, os.getpid(), manifest["simulated"])
     if (own := actions_file(run.home)).is_file():
         write_atomic(actions_file(home), own.read_bytes())
     return twin
