@@ -37,6 +37,7 @@ class Facts:
     worse_in: Sequence[str] = ()  # figures in which the newest opinions or trades are worse
     alerts: int = 0  # that began in the windows looked at
     age_sessions: int | None = None  # from the newest bar to the audit; None for simulated bars
+    nothing: str = ""  # where nothing is deployed; empty when something is, or need not be
     deployed: str = ""  # what is wrong with the deployed release; empty when it is whole
 
 # %% ../../nbs/7_govern/780_flags.ipynb #8d2efd8e
@@ -74,6 +75,8 @@ _KINDS = {  # name: severity, blocks, what, action
                  "Find what changed the files, then run it again"),
     "ledger": ("high", "all", "The chain of trials is not as it was written",
                "Restore the ledger from a copy; no figure of luck holds without it"),
+    "nothing_deployed": ("high", "all", "There is no release to look at",
+                         "Deploy an approved one: sensequant release deploy"),
     "release": ("high", "all", "What is deployed is not the release that was approved",
                 "Roll it back: sensequant release rollback"),
     "gate": ("high", "all", "The gate did not pass this candidate",
@@ -129,6 +132,7 @@ def _whole(f: Facts) -> dict[str, str]:
     failed = ", ".join(f.failed_checks)
     found = {"evidence": f"checks failed: {failed}" if failed else "", "ledger": f.ledger}
     found |= {"gate": f.gate, "certificate": f.certificate, "release": f.deployed}
+    found["nothing_deployed"] = f"nothing is deployed to {f.nothing}" if f.nothing else ""
     found["simulated_data"] = "the bars are simulated" if f.simulated else ""
     n = f.failed_windows
     return found | {"failed_windows": f"{n} {'window' if n == 1 else 'windows'}" if n else ""}

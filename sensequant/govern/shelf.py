@@ -24,6 +24,7 @@ from ..core.types import IST
 
 # %% ../../nbs/7_govern/778_shelf.ipynb #79822606
 NOT_TOLD = "not told"
+_OWN_FOLDERS = ("home", "keys_dir")  # where somebody keeps things decides nothing
 
 
 def _plain_address(text: str) -> str:
@@ -35,7 +36,7 @@ def _plain_address(text: str) -> str:
 
 def _told(name: str, value: Any) -> Any:
     "A setting as a bundle may tell it."
-    if name in SECRETS:
+    if name in (*SECRETS, *_OWN_FOLDERS):
         return None if value is None else NOT_TOLD
     if isinstance(value, Path) or (isinstance(value, str) and value.startswith(("/", "~"))):
         return Path(value).name
