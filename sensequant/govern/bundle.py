@@ -6,10 +6,11 @@ pictures, settings, telemetry, what was validated, and the promotion checklist."
 # %% auto #0
 __all__ = ['ENVIRONMENTS', 'DAYS', 'LEAKS', 'KEPT', 'Audited', 'release_book', 'sma_book', 'Compared', 'compare', 'search_of',
            'student_facts', 'windows_of', 'gate_fault', 'ledger_fault', 'age_in_sessions', 'facts_of', 'Findings',
-           'look', 'standing_of', 'write_bundle', 'audit_beside', 'telemetry_of', 'Deployed', 'open_deployed',
-           'look_deployed', 'audit_deployed']
+           'look', 'standing_of', 'write_bundle', 'audit_beside', 'manifest_evidence', 'replaced_release',
+           'telemetry_of', 'Deployed', 'open_deployed', 'look_deployed', 'audit_deployed']
 
 # %% ../../nbs/7_govern/784_bundle.ipynb #8026cf49
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -51,7 +52,7 @@ from sensequant.govern.manifest import (
     release_id_of,
     required_roles,
 )
-from .release import Release, active_release
+from .release import Release, _checked, active_release
 from .shelf import audit_id, free_id, refuse_secrets, settings_snapshot, shelve
 from .validation import rule_from, trade
 from ..learn.records import count_outcomes, read_window_runs
@@ -93,19 +94,24 @@ class Audited:
         "The candidate's account, trades and opinions."
         store = self.run.artifacts
         tables = [store.read_parquet(f"{n}.parquet") for n in ("daily_returns", "trades")]
-        return Book("the candidate", *tables, model_opinions(self.predictions))
+        return Book("the candidate", tables[0], tables[1], model_opinions(self.predictions))
 
 # %% ../../nbs/7_govern/784_bundle.ipynb #747b9c27
 ENVIRONMENTS = ("production", "staging")
+
+
+def _evidence(release: Release, name: str) -> pd.DataFrame:
+    "A table of a release's evidence."
+    return pd.read_parquet(io.BytesIO(_checked(release, f"evidence/{name}.parquet")))
 
 
 def release_book(
     release: Release,
 ) -> Book:
     "What a release showed when it was approved."
-    tables = [pd.read_parquet(release.folder / "evidence" / f"{n}.parquet")
-              for n in ("daily_returns", "trades", "predictions")]  # fmt: skip
-    return Book(f"release {release.release_id}", *tables[:2], model_opinions(tables[2]))
+    tables = [_evidence(release, n) for n in ("daily_returns", "trades")]
+    said = model_opinions(_evidence(release, "predictions"))
+    return Book(f"release {release.release_id}", tables[0], tables[1], said)
 
 
 def sma_book(audited: Audited) -> Book:
@@ -119,6 +125,14 @@ def sma_book(audited: Audited) -> Book:
     return Book("the SMA cross", daily, trades, opinions, "sma")
 
 # %% ../../nbs/7_govern/784_bundle.ipynb #03e0b6ca
+def _active(home: Path, environment: str) -> tuple[Release | None, str]:
+    "What is active, and what is wrong with it; a release that is not whole is none."
+    try:
+        return active_release(home, environment), ""
+    except (DataError, GateError) as error:
+        return None, str(error)
+
+
 @dataclass(frozen=True, eq=False)
 class Compared:
     "Candidate and baseline on the same sessions."
@@ -132,14 +146,11 @@ def _deployed_before(audited: Audited) -> tuple[Compared | None, list[str]]:
     "The comparison with what is deployed, and why there is none."
     run, notes = audited.run, []
     for environment in ENVIRONMENTS:
-        try:
-            release = active_release(run.home, environment)
-        except (DataError, GateError) as error:
-            notes.append(f"what is deployed to {environment} cannot be compared with: {error}")
-            continue
+        release, fault = _active(run.home, environment)
         if release is None or release.run_id == run.run_id:
-            same = "nothing" if release is None else "this run itself"
-            notes.append(f"{same} is deployed to {environment}")
+            what = "nothing" if release is None else "this run itself"
+            broken = f"what is deployed to {environment} cannot be compared with: {fault}"
+            notes.append(broken if fault else f"{what} is deployed to {environment}")
             continue
         book = release_book(release)
         days = shared_sessions(audited.book, book)
@@ -173,7 +184,8 @@ def search_of(
     "The newest search on a run's scores, and whether it was reproduced."
     folders = sorted((Path(home) / "data" / "optimization").glob("*/optimization_summary.json"))
     for folder in (p.parent for p in reversed(folders)):
-        store, told = Artifacts(folder), {"folder": folder.name, "reproduced": False}
+        store = Artifacts(folder)
+        told: dict[str, Any] = {"folder": folder.name, "reproduced": False}
         try:
             if store.read_json("optimization_summary.json")["identity"].get("run") != run_id:
                 continue
@@ -205,13 +217,8 @@ def student_facts(audited: Audited) -> dict[str, Any]:
         m.window_label: store.read_json(f"student/{m.window_label}/metadata.json") for m in models
     }
     newest = store.read_json(f"teacher/{models[-1].window_label}/metadata.json")
-    places = []
-    for environment in ENVIRONMENTS:
-        try:
-            release = active_release(run.home, environment)
-        except (DataError, GateError):
-            continue  # told by the comparison
-        places += [environment] if release is not None and release.run_id == run.run_id else []
+    active = {e: _active(run.home, e)[0] for e in ENVIRONMENTS}
+    places = [e for e, r in active.items() if r is not None and r.run_id == run.run_id]
     return {
         "deployed": bool(places),
         "environments": places,
@@ -390,8 +397,8 @@ def _sign_off(run_id: str, roles: Sequence[str], places: Sequence[str]) -> dict[
         words = ["Nothing may be signed while a flag blocks everything. To refuse it for good:"]
         refuse = f'sensequant candidates reject {run_id} --why "REASON"'
         return {"roles": list(roles), "words": words, "commands": [refuse]}
-    commands = [f'sensequant candidates approve {run_id} --role "{r}" --key NAME' for r in roles]
-    commands += [f"sensequant release deploy {places[0]} {run_id}"]
+    commands = [f"sensequant candidates approve {run_id} --role '{r}' --key NAME" for r in roles]
+    commands += [f"sensequant release deploy {run_id} --environment {places[0]}"]
     words = ["One person a role, each with a key of their own (sensequant keys new NAME):"]
     return {"roles": list(roles), "words": words, "commands": commands}
 
@@ -428,8 +435,8 @@ def _batch(audited: Audited, compared: Compared, new: Any, old: Any) -> Batch:
     rules, run = accuracy_rules(audited.settings), audited.run
     models, fault = [asdict(m) for m in model_set(run)], gate_fault(_verdict(run))
     symbols = sorted(audited.predictions["symbol"].unique())
-    rows = symbol_rows(*(b.traces(rules) for b in (compared.candidate, compared.baseline)),
-                       audited.settings)  # fmt: skip
+    mine, its = (b.traces(rules) for b in (compared.candidate, compared.baseline))
+    rows = symbol_rows(mine, its, audited.settings)
     about = (run.run_id, release_id_of(run.run_id), models, symbols, new, old)
     return Batch(*about, [fault] if fault else [], rows)
 
@@ -455,6 +462,30 @@ def _shown(audited: Audited, compared: Compared) -> Shown:
     return Shown(dailies, *about, rules.window, audited.stats["benchmark"]["name"])
 
 # %% ../../nbs/7_govern/784_bundle.ipynb #15a455ff
+def _weighed(
+    facts: Facts, settings: Settings, gaps: Mapping[str, Any], checks: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    "What follows from the facts: validation, flags and where it may go."
+    flags = risk_flags(facts, settings)
+    return {
+        "simulated": facts.simulated,
+        "validation_results": _validated(checks, facts, gaps),
+        "facts": asdict(facts),
+        "risk_flags": [asdict(f) for f in flags],
+        "deployment_ready": not flags,
+        "environments_ready": environments_ready(flags),
+    }
+
+
+def _measured(audited: Audited, compared: Compared) -> dict[str, Any]:
+    "Candidate and baseline in figures."
+    rules = accuracy_rules(audited.settings)
+    new, old = (figures(b, rules) for b in (compared.candidate, compared.baseline))
+    error = sharpe_delta_error(compared.candidate, compared.baseline)
+    gaps = deltas(new, old) | {"sharpe_ratio_delta_error": error}
+    return {"candidate": new, "baseline": old, "deltas": gaps, "comparison": dict(compared.how)}
+
+# %% ../../nbs/7_govern/784_bundle.ipynb #5ffdfefc
 def look(
     audited: Audited,
     name: str,  # of the bundle
@@ -462,53 +493,47 @@ def look(
 ) -> Findings:
     "Everything an audit of a run finds."
     run, s, compared = audited.run, audited.settings, compare(audited)
-    rules, horizon = accuracy_rules(s), read_recipe(run).label.horizon_days
-    new, old = (figures(b, rules) for b in (compared.candidate, compared.baseline))
-    gaps, windows = deltas(new, old), windows_of(audited.book, s)
-    facts = facts_of(audited, compared, gaps, windows)
-    flags, error = risk_flags(facts, s), sharpe_delta_error(compared.candidate, compared.baseline)
-    places, roles = environments_ready(flags), required_roles(s.model_dump())
-    why = f"an opinion lasts {horizon} session{'s' * (horizon > 1)}, so none is intraday"
+    measured, windows = _measured(audited, compared), windows_of(audited.book, s)
+    facts = facts_of(audited, compared, measured["deltas"], windows)
+    weighed = _weighed(facts, s, measured["deltas"], audited.checks)
+    n, roles = read_recipe(run).label.horizon_days, required_roles(s.model_dump())
+    why = f"an opinion lasts {n} session{'s' * (n > 1)}, so none is intraday"
     metrics = {
         **_about(name, audited.now),
         "subject": f"run `{run.run_id}`",
         "run_id": run.run_id,
-        "simulated": facts.simulated,
-        "candidate": new,
-        "baseline": old,
-        "deltas": gaps | {"sharpe_ratio_delta_error": error},
-        "comparison": dict(compared.how),
+        **measured,
+        **weighed,
         "student_model": student_facts(audited),
         "monitoring": _monitoring(windows, _no_window(DAYS[0], why)),
-        "validation_results": _validated(audited.checks, facts, gaps),
-        "facts": asdict(facts),
-        "risk_flags": [asdict(f) for f in flags],
         "standing_risks": list(audited.risks),
-        "deployment_ready": not flags,
-        "environments_ready": places,
-        "sign_off": _sign_off(run.run_id, roles, places),
+        "sign_off": _sign_off(run.run_id, roles, weighed["environments_ready"]),
         **kept,
     }
-    dailies = {
-        "candidate": compared.candidate.daily,
-        compared.baseline.name: compared.baseline.daily,
-    }
-    plots = audit_plots(
-        dailies, audited.predictions, audited.book.traces(rules), horizon, rules.window
+    batch = _batch(audited, compared, measured["candidate"], measured["baseline"])
+    return Findings(
+        metrics,
+        audited.checks,
+        windows,
+        audit_plots(_shown(audited, compared)),
+        settings_snapshot(s, "config.json of the run"),
+        checklist_files(batch, s, audited.now),
     )
-    config = settings_snapshot(s, "config.json of the run")
-    sheets = checklist_files(_batch(audited, compared, new, old), s, audited.now)
-    plots = audit_plots(_shown(audited, compared))
-    return Findings(metrics, audited.checks, windows, plots, config, sheets)
 
 # %% ../../nbs/7_govern/784_bundle.ipynb #885c404e
 KEPT = ("windows", "validation", "statistics")  # what later phases read of metrics.json
 
 
+def _standing(settings: Settings, scope: str) -> Standing:
+    "The certificate beside the gate as it is now."
+    who: Any = judged  # only its code is looked at
+    return certificate_for_current_code(settings, who, scope)
+
+
 def standing_of(run: Run) -> Standing:
     "The certificate beside the gate that judges this run now."
     settings = settings_of(run.artifacts.read_json("config.json"))
-    return certificate_for_current_code(settings, judged, read_recipe(run).scope)
+    return _standing(settings, read_recipe(run).scope)
 
 
 def write_bundle(
@@ -554,6 +579,26 @@ def _checks_file(found: Findings) -> dict[str, bytes]:
     told = {"whole": whole, "checks": found.checks, "risks": found.metrics["standing_risks"]}
     return {"checks.json": json_bytes(told, pretty=True)}
 
+# %% ../../nbs/7_govern/784_bundle.ipynb #79869e79
+def manifest_evidence(
+    audit: Mapping[str, Any],  # of `write_bundle`
+) -> dict[str, Any]:
+    "What a manifest says of the audit."
+    flags, ready = audit["metrics"]["risk_flags"], audit["metrics"]["deployment_ready"]
+    told = {"whole": audit["whole"], "risk_flags": [f["name"] for f in flags]}
+    return {"audit": told | {"deployment_ready": ready}}
+
+
+def replaced_release(
+    run: Run,
+) -> dict[str, str] | None:  # release_id and manifest_sha256; None where nothing is active
+    "The release that a deployment of the run would replace, for the rollback plan."
+    for environment in ENVIRONMENTS:
+        release = _active(run.home, environment)[0]
+        if release is not None and release.run_id != run.run_id:
+            return {"release_id": release.release_id, "manifest_sha256": release.manifest_sha256}
+    return None
+
 # %% ../../nbs/7_govern/784_bundle.ipynb #e8d4adb2
 def telemetry_of(
     home: Path,  # folder that holds data
@@ -568,11 +613,14 @@ def telemetry_of(
         for place in {p.parent for p in folder.rglob("traces-*") if p.is_file()}:
             kinds[place.name == "trades"].append(place)
         if kinds[True] or kinds[False]:
-            tables = [
-                read_traces(sorted(k)).traces if k else None for k in (kinds[True], kinds[False])
-            ]
-            return TracedBook("since it was deployed", _NO_DAYS, *tables), words
+            trades, said = (_traces_in(kinds[kind]) for kind in (True, False))
+            return TracedBook("since it was deployed", _NO_DAYS, trades, said), words
     return TracedBook("since it was deployed", _NO_DAYS), "none"
+
+
+def _traces_in(places: Sequence[Path]) -> pd.DataFrame | None:  # TRACE_COLUMNS
+    "All traces in some folders, None without a folder."
+    return read_traces(sorted(places)).traces if places else None
 
 
 def _run_of(config: Path) -> str | None:
@@ -596,12 +644,12 @@ class Deployed:
     @cached_property
     def manifest(self) -> dict[str, Any]:
         "The manifest it was approved with; empty without a release."
-        path = self.release.folder / MANIFEST if self.release else None
-        return parse_manifest(path.read_bytes(), path) if path else {}
+        where = f"{MANIFEST} of what is deployed to {self.environment}"
+        return parse_manifest(_checked(self.release, MANIFEST), where) if self.release else {}
 
     def _json(self, name: str) -> dict[str, Any]:
         "A file of the release."
-        return json.loads((self.release.folder / name).read_text("utf-8")) if self.release else {}
+        return json.loads(_checked(self.release, name)) if self.release else {}
 
     @cached_property
     def settings(self) -> Settings:
@@ -639,10 +687,7 @@ def open_deployed(
     "What is deployed; a release that is not whole is a finding here, not an error."
     if environment not in ENVIRONMENTS:
         raise DataError(f"an environment must be {' or '.join(ENVIRONMENTS)}", environment, "audit")
-    try:
-        return Deployed(home, environment, now, active_release(home, environment))
-    except (DataError, GateError) as error:
-        return Deployed(home, environment, now, None, str(error))
+    return Deployed(home, environment, now, *_active(home, environment))
 
 # %% ../../nbs/7_govern/784_bundle.ipynb #3925a4b2
 def _deployed_facts(
@@ -658,12 +703,12 @@ def _deployed_facts(
     head = told["ledger"] and Head(**told["ledger"], seen_in=held.release.release_id)
     newest = date.fromisoformat(str(told["data"]["data_age"]["last_bar"])[:10])
     worse, alerts = _watched(windows)
-    predictions = pd.read_parquet(held.release.folder / "evidence" / "predictions.parquet")
+    predictions = _evidence(held.release, "predictions")
     return Facts(
         simulated=told["simulated"],
         gate=gate_fault(told["gate"]),
         ledger=ledger_fault(held.home, head),
-        certificate=_certificate_fault(certificate_for_current_code(s, judged, scope)),
+        certificate=_certificate_fault(_standing(s, scope)),
         deltas=gaps,
         baseline=held.evidence.name,
         search=search_of(held.home, held.release.run_id, s.search_tolerance_frac),
@@ -711,38 +756,37 @@ def _deployed_comparison(held: Deployed) -> dict[str, Any]:
     return how | {"sessions_shared": 0, "notes": notes}
 
 
+def _compared_deployed(held: Deployed) -> dict[str, Any]:
+    "What was seen since it was deployed, beside what it showed before."
+    rules = accuracy_rules(held.settings)
+    new, old = figures(held.since, rules), figures(held.evidence, rules)
+    gaps = deltas(new, old) | {"sharpe_ratio_delta_error": None}
+    how = _deployed_comparison(held)
+    return {"candidate": new, "baseline": old, "deltas": gaps, "comparison": how}
+
+
 def look_deployed(
     held: Deployed,
     name: str,  # of the bundle
 ) -> Findings:
     "Everything an audit of a deployment finds."
-    s, rules = held.settings, accuracy_rules(held.settings)
-    new, old = figures(held.since, rules), figures(held.evidence, rules)
-    gaps, windows = deltas(new, old), windows_of(held.seen[0], s, pd.Timestamp(held.now))
-    facts = _deployed_facts(held, gaps, windows)
-    flags, told = risk_flags(facts, s), held.manifest
-    found = held.fault or ("nothing is deployed" if held.release is None else "as it was approved")
+    s, told, release = held.settings, held.manifest, held.release
+    measured = _compared_deployed(held)
+    windows = windows_of(held.seen[0], s, pd.Timestamp(held.now))
+    facts = _deployed_facts(held, measured["deltas"], windows)
+    found = held.fault or ("nothing is deployed" if release is None else "as it was approved")
     must = "the deployed release must be as it was approved"
     checks = [{"name": "release", "must": must, "found": found, "passed": not held.fault}]
-    commands = [*_watch_commands(held)]
     metrics = {
         **_about(name, held.now),
         "subject": _subject(held),
-        "run_id": held.release.run_id if held.release else None,
-        "simulated": facts.simulated,
-        "candidate": new,
-        "baseline": old,
-        "deltas": gaps | {"sharpe_ratio_delta_error": None},
-        "comparison": _deployed_comparison(held),
+        "run_id": release.run_id if release else None,
+        **measured,
+        **_weighed(facts, s, measured["deltas"], checks),
         "student_model": _deployed_student(held),
         "monitoring": _monitoring(windows, _intraday(held)),
-        "validation_results": _validated(checks, facts, gaps),
-        "facts": asdict(facts),
-        "risk_flags": [asdict(f) for f in flags],
         "standing_risks": [],
-        "deployment_ready": not flags,
-        "environments_ready": environments_ready(flags),
-        "sign_off": {"roles": required_roles(s.model_dump()), **commands[0]},
+        "sign_off": {"roles": required_roles(s.model_dump()), **_what_now(held)},
         "windows": {k: told.get("training", {}).get(k) for k in ("teacher", "student")},
         "validation": told.get("validation"),
         "statistics": told.get("statistical_tests"),
@@ -750,13 +794,13 @@ def look_deployed(
     return Findings(metrics, checks, windows, _deployed_plots(held), _snapshot(held), {})
 
 # %% ../../nbs/7_govern/784_bundle.ipynb #b6011d01
-def _watch_commands(held: Deployed) -> list[dict[str, Any]]:
+def _what_now(held: Deployed) -> dict[str, Any]:
     "What a person does now."
-    if held.release is None and not held.fault:
-        told = ("Deploy an approved release:", "sensequant candidates list")
-    else:
-        told = ("If it must go:", f'sensequant release rollback {held.environment} --why "REASON"')
-    return [{"words": [told[0]], "commands": [told[1], "sensequant release status"]}]
+    words, command = "Deploy an approved release:", "sensequant candidates list"
+    if held.release is not None or held.fault:
+        words = "If it must go:"
+        command = f'sensequant release rollback --environment {held.environment} --why "REASON"'
+    return {"words": [words], "commands": [command, "sensequant release status"]}
 
 
 def _snapshot(held: Deployed) -> dict[str, bytes]:
@@ -770,7 +814,7 @@ def _deployed_plots(held: Deployed) -> dict[str, bytes]:
     if held.release is None:
         return {}
     rules = accuracy_rules(held.settings)
-    said = pd.read_parquet(held.release.folder / "evidence" / "predictions.parquet")
+    said = _evidence(held.release, "predictions")
     live = held.since.traces()
     traces = live if len(live) else held.evidence.traces(rules)
     horizon = held._json("recipe.json")["label"]["horizon_days"]

@@ -113,7 +113,7 @@ class Batch:
 def rollback_steps(environment: str) -> list[str]:
     "How it is taken back, with the exact commands."
     return [
-        f'sensequant release rollback {environment} --why "WHAT WAS SEEN"',
+        f'sensequant release rollback --environment {environment} --why "WHAT WAS SEEN"',
         "sensequant release status",
         f"sensequant audit --deployed {environment}",
         "Start on paper and compare the first signals with the record",

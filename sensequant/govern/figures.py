@@ -215,7 +215,8 @@ def alerts_since(
     last = (rows["timestamp"] + pd.to_timedelta(rows["holding_minutes"], unit="min")).max()
     n_looks = max(0, (last - since).days) // LOOK_DAYS + 2
     looks = pd.date_range(end=last, periods=n_looks, freq=f"{LOOK_DAYS}D")
-    found, before = [], set()
+    found: list[dict[str, Any]] = []
+    before: set[object] = set()
     for look in looks:
         made = None if daily is None else daily[daily.index <= look]
         table = degradation(_known_by(rows, look), made, rules)

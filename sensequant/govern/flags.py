@@ -87,7 +87,7 @@ _KINDS = {  # name: severity, blocks, what, action
                        "Train and judge on real bars before production"),
     "certificate": ("medium", "production", "Nobody measured how often this gate is wrong",
                     "Measure it: sensequant calibrate"),
-    "sharpe_ratio_drop": ("medium", "production", "It earns less for its risk than what it would replace",
+    "sharpe_ratio_drop": ("medium", "production", "It earns less for its risk than the baseline",
                     "Keep what is deployed, or say why less is enough"),
     "win_rate_drop": ("medium", "production", "Fewer of its trades win",
                       "Compare the trades of both before signing"),
