@@ -2978,6 +2978,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'sensequant/govern/manifest.py'),
                                             'sensequant.govern.manifest._watched': ( '7_govern/manifest.html#_watched',
                                                                                      'sensequant/govern/manifest.py'),
+                                            'sensequant.govern.manifest.began_at': ( '7_govern/manifest.html#began_at',
+                                                                                     'sensequant/govern/manifest.py'),
                                             'sensequant.govern.manifest.build_manifest': ( '7_govern/manifest.html#build_manifest',
                                                                                            'sensequant/govern/manifest.py'),
                                             'sensequant.govern.manifest.code_version': ( '7_govern/manifest.html#code_version',
