@@ -7,8 +7,8 @@ only grows."""
 __all__ = ['ARROWS', 'STATES', 'RESTORED_BY', 'SIGNABLE', 'APPROVED', 'refuse_move', 'register_path', 'signed_roles',
            'complete_for', 'Register', 'enrol_key', 'known_key', 'find_run', 'nominate', 'Case', 'roles_to_sign',
            'open_case', 'adopt', 'changed_files', 'require_files', 'passed_verdict', 'allowed_environments',
-           'find_role', 'approval_files', 'approvals_lock', 'approve', 'holdout_t', 'check_approvals', 'reject',
-           'auto_approve', 'get_candidate_runs', 'get_latest_candidate_run']
+           'find_role', 'approval_files', 'approvals_lock', 'check_signable', 'approve', 'holdout_t', 'check_approvals',
+           'reject', 'auto_approve', 'get_candidate_runs', 'get_latest_candidate_run']
 
 # %% ../../nbs/7_govern/74_promotion.ipynb #a2fc3f01
 import getpass
@@ -152,7 +152,7 @@ class _Entries(_Chain):
     def _enter(self, c: sqlite3.Connection, kind: str, body: dict[str, Any], at: str) -> int:
         "Add a row; release and manifest follow from the run where they are not told."
         run_id = body.get("run_id", "")
-        told = dict.fromkeys(_ALWAYS, "")
+        told: dict[str, Any] = dict.fromkeys(_ALWAYS, "")
         if run_id:
             told |= {"release_id": release_id_of(run_id), "manifest_sha256": _manifest(c, run_id)}
         told |= body
@@ -760,6 +760,21 @@ def approvals_lock(
     return register_path(home).with_name("approvals.lock")
 
 
+def check_signable(
+    home: Path,  # folder that holds data and runs
+    run_id: str,
+    role: str,  # one of those that must sign, in any case
+    environments: Sequence[str] | None = None,  # None for all that the gate allows
+) -> tuple[Case, str, tuple[str, ...]]:  # candidate; role as it is spelled; where it may go
+    "Everything that must hold before a person signs, whoever it is; nothing is written."
+    case = open_case(home, run_id)
+    _require_signable(case)
+    require_files(case)
+    heads = (replace(a.register, seen_in=str(p)) for p, a in approval_files(home, run_id).items())
+    case.register.require_whole(heads)
+    return case, find_role(case, role), allowed_environments(case, environments)
+
+
 def approve(
     home: Path,  # folder that holds data and runs
     run_id: str,
@@ -770,20 +785,15 @@ def approve(
 ) -> Approval:
     "Sign a candidate; the last signature that is needed takes it to approved."
     with locked(approvals_lock(home), 60.0):
-        case = open_case(home, run_id)
-        _require_signable(case)
-        require_files(case)
-        allowed = allowed_environments(case, environments)
-        role, register = find_role(case, role), case.register
-        known = known_key(register, home, private.public.name, case.settings.approver_keys)
+        case, role, allowed = check_signable(home, run_id, role, environments)
+        register, pins = case.register, case.settings.approver_keys
+        known = known_key(register, home, private.public.name, pins)
         if known != private.public:
             must = f"the key must be the one that was enrolled, {known.fingerprint}"
             raise GateError(must, private.public.fingerprint, private.public.name)
-        register.require_whole(a.register for a in approval_files(home, run_id).values())
         at = register.require_now(now)
         who = (case.manifest_sha256, case.release_id, run_id, role, known.name, allowed)
-        head = register.head()
-        return _give(case, Approval(*who, at, register=head), private, now)
+        return _give(case, Approval(*who, at, register=register.head()), private, now)
 
 # %% ../../nbs/7_govern/74_promotion.ipynb #c4d08096
 APPROVED = (
