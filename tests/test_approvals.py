@@ -228,7 +228,11 @@ def put(keys_dir, key, lock):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: ec.generate_private_key(ec.SECP256R1()), lambda: rsa.generate_private_key(65537, 2048)]
+    "make",
+    [
+        lambda: ec.generate_private_key(ec.SECP256R1()),
+        lambda: rsa.generate_private_key(65537, 2048),
+    ],
 )
 def test_a_key_of_another_kind_is_refused(make, asha, keys_dir):
     put(keys_dir, make(), serialization.BestAvailableEncryption(PHRASE.encode()))
