@@ -9,7 +9,8 @@ __all__ = ['release', 'plan_lines', 'deploy_command', 'watch_lines', 'rollback_c
 # %% ../../nbs/9_ops/915_release_cli.ipynb #4c1eb149
 import getpass
 import json
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -49,7 +50,7 @@ def _told() -> Iterator[None]:
     except SenseQuantError as error:
         exit_ = refuse(error, _code(error))
         for note in getattr(error, "__notes__", ()):
-            print(note, file=typer.get_text_stream("stderr"))
+            print(note, file=sys.stderr)
         raise exit_ from None
 
 # %% ../../nbs/9_ops/915_release_cli.ipynb #c37c630b
@@ -153,9 +154,9 @@ def deploy_command(
 ) -> None:
     """Make an approved run what trades in an environment.
 
-    Everything is checked first: signatures, both chains, each file against the signed manifest, each
-    model. Production needs full sessions in staging before it. The release that is replaced stays as
-    the backup that a rollback restores.
+    Everything is checked first: signatures, both chains, each file against the signed manifest,
+    each model. Production needs full sessions in staging before it. The release that is replaced
+    stays as the backup that a rollback restores.
     """
     from sensequant.govern import release as r
 
@@ -173,13 +174,12 @@ def deploy_command(
         say(f"Active      {made.release_id} in {place} since {made.deployed_at:%Y-%m-%d %H:%M}")
         say(f"Folder      {made.folder}")
         say("\n".join(watch_lines(made.watch, made.deployed_at)))
-        say(
-            f"Next        sensequant release status; sensequant release rollback -e {place} --why ..."
-        )
+        say("Next        sensequant release status")
+        say(f"Take back   sensequant release rollback -e {place} --why REASON")
 
 # %% ../../nbs/9_ops/915_release_cli.ipynb #e624436b
 def watch_lines(
-    terms: dict[str, Any],  # `watch` of a release
+    terms: Mapping[str, Any],  # `watch` of a release
     now: datetime,  # aware
 ) -> list[str]:
     "How a release is watched at a moment."
@@ -319,12 +319,12 @@ def _manifest_lines(manifest: dict[str, Any], sha256: str) -> list[str]:
     groups, plan = manifest["artifacts"], manifest["rollback_plan"]
     counts = ", ".join(f"{len(v)} {k}" for k, v in groups.items() if k in _GROUPS)
     age, ledger = manifest["data"]["data_age"], manifest["ledger"] or {"count": 0, "hash": "none"}
-    code = manifest["code"]
+    code, market = manifest["code"], "simulated" if manifest["simulated"] else "real"
     dirty = " with changes" if code["dirty"] else ""
     return [
         f"Manifest    {sha256}",
         f"Release     {manifest['release_id']}, {manifest['release_type']}",
-        f"Run         {manifest['run_id']}, {'simulated' if manifest['simulated'] else 'real'} market",
+        f"Run         {manifest['run_id']}, {market} market",
         f"Verdict     {manifest['gate'].get('headline', manifest['gate'].get('passed'))}",
         f"Risk flags  {', '.join(map(str, manifest['audit']['risk_flags'])) or 'none'}",
         f"Must sign   {', '.join(manifest['approvals']['roles'])}",
@@ -376,8 +376,8 @@ def validate_command(
 ) -> None:
     """Verify the evidence of a run: every byte, both chains, each model, a sample of predictions.
 
-    It is about the run, not about the code: `make test` tests that. Ends with 1 when something is not
-    as it was signed.
+    It is about the run, not about the code: `make test` tests that. Ends with 1 when something is
+    not as it was signed.
     """
     from sensequant.data.runs import open_run
     from sensequant.govern.verification import verify_run
@@ -398,10 +398,9 @@ def validate_command(
 def audit_command(environment: _PLACE = None) -> None:
     """Write an audit bundle of what is deployed, from the release and its telemetry alone.
 
-    Without --environment, of each environment in which something is active. Ends with 3 when nothing
-    is.
+    Without --environment, of each environment in which something is active. Ends with 3 when
+    nothing is.
     """
-    from sensequant.govern.bundle import audit_deployed
     from sensequant.govern.release import pointed
 
     with _told():
@@ -414,5 +413,7 @@ def audit_command(environment: _PLACE = None) -> None:
             )
             must = f"something must be deployed in {' or '.join(asked)} to be audited"
             raise GateError(must, "nothing", home / "data" / "models", fix)
+        from sensequant.govern.bundle import audit_deployed  # its plots take seconds to load
+
         for place in active:
             say(f"{place:<12}{audit_deployed(home, place)}")
