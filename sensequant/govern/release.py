@@ -257,6 +257,26 @@ def history(
     return [r for r in held if environment in (None, r["environment"])]
 
 
+def _kept_heads(home: Path) -> list[Head]:
+    "Where the register ended when each release was made; a damaged one tells nothing here."
+    found = []
+    for path in sorted((Path(home) / "data" / "models").glob(f"*/releases/release_*/{RECORD}")):
+        try:
+            found.append(Head(**json.loads(path.read_bytes())["register"], seen_in=str(path)))
+        except (OSError, ValueError, TypeError, KeyError):
+            continue  # whoever reads that release is told what is wrong with it
+    return found
+
+
+def _whole_history(home: Path, environment: str | None = None) -> list[dict[str, Any]]:
+    "The same, with the head that every release has kept."
+    heads, path = _kept_heads(home), register_path(home)
+    if heads and not path.exists():
+        fix = "Restore its newest backup; what is active stays so meanwhile"
+        raise GateError("there must be a register where there are releases", "none", path, fix)
+    return history(home, environment, heads)
+
+
 def _goal(row: Mapping[str, Any]) -> str | None:
     "The release that is active once the step is done."
     return row["release_id"] if row["kind"] == "deploy" else row["restored"]
@@ -482,7 +502,7 @@ def _require_new(asked: _Asked) -> str | None:  # what is active now
 # %% ../../nbs/7_govern/75_release.ipynb #486a8f40
 def _require_chains(asked: _Asked, manifest: Mapping[str, Any]) -> None:
     "Refuse when the register or the ledger is not as it was written."
-    history(asked.home)
+    _whole_history(asked.home)
     kept = manifest["ledger"]
     if kept is None:
         must = "a manifest must keep the head of the ledger"
@@ -868,7 +888,7 @@ _NOTHING_YET = {"kind": "deploy", "phase": "undone", "previous": None}
 
 def _settle_environment(home: Path, environment: str, now: datetime | None) -> str:
     "Finish or undo the last step of an environment; what was done, empty when nothing."
-    rows, active = history(home, environment), pointed(home, environment)
+    rows, active = _whole_history(home, environment), pointed(home, environment)
     last: dict[str, Any] = rows[-1] if rows else _NOTHING_YET
     done = {"done": (_goal,), "undone": (_before,), "begun": (_goal, _before)}[last["phase"]]
     _require_pointer(home, environment, active, [end(last) for end in done])
