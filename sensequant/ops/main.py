@@ -8,6 +8,7 @@ __all__ = ['main']
 # %% ../../nbs/9_ops/999_main.ipynb #8554c2c6
 import sys
 
+from .audit_cli import audit
 from .broker_cli import breeze, sandbox
 from .calibrate_cli import calibrate
 from .candidates_cli import candidates, keys
@@ -31,6 +32,7 @@ app.command()(backtest)
 app.command()(optimize)
 app.command()(report)
 app.command()(calibrate)
+app.command()(audit)
 app.command()(devices)
 app.command()(export)
 app.command()(verify)
