@@ -17,6 +17,7 @@ from .judge_cli import backtest
 from .optimize_cli import optimize
 from .report_cli import report
 from .train_cli import bench, check, devices, export, train
+from .validate_cli import validate
 
 # %% ../../nbs/9_ops/999_main.ipynb #24ca49b5
 data.command()(sentiment)
@@ -28,6 +29,7 @@ app.command()(backtest)
 app.command()(optimize)
 app.command()(report)
 app.command()(calibrate)
+app.command()(validate)
 app.command()(devices)
 app.command()(export)
 app.add_typer(train, name="train")
