@@ -16,6 +16,7 @@ from .data_cli import data
 from .judge_cli import backtest
 from .optimize_cli import optimize
 from .report_cli import report
+from .schedule_cli import retrain, schedule
 from .train_cli import bench, check, devices, export, train
 from .validate_cli import validate
 
@@ -30,6 +31,8 @@ app.command()(optimize)
 app.command()(report)
 app.command()(calibrate)
 app.command()(validate)
+app.command()(schedule)
+app.command()(retrain)
 app.command()(devices)
 app.command()(export)
 app.add_typer(train, name="train")

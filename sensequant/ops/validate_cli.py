@@ -62,7 +62,8 @@ def wanted_anew(
     config, left_out = present(config, feed, given["universe"])
     o.require_inputs(config, feed)
     notes = (f"not in the feed: {', '.join(left_out)}",) if left_out else ()
-    how = {"optimizer": not given["skip_optimizer"], "reports": not given["skip_reports"]}
+    how: dict[str, Any] = {"optimizer": not given["skip_optimizer"]}
+    how |= {"reports": not given["skip_reports"]}
     count = given["max_configs"] or EVALUATED
     how |= {"dryrun": given["dryrun"], "max_configs": count, "notes": notes}
     return Wanted(config, None, **how), settings.home
@@ -80,7 +81,8 @@ def find_validation(given: Mapping[str, Any]) -> tuple[Any, Any]:  # Validation,
             raise SettingsError(must, ", ".join(typed), f"--run-id {name}", "Leave them out")
     if trained:
         run = v.check_training_run(trained, home)
-        how = {"optimizer": not given["skip_optimizer"], "reports": not given["skip_reports"]}
+        how: dict[str, Any] = {"optimizer": not given["skip_optimizer"]}
+        how |= {"reports": not given["skip_reports"]}
         how |= {"dryrun": given["dryrun"], "max_configs": given["max_configs"] or v.EVALUATED}
         wanted = v.Wanted(run.artifacts.read_json("config.json"), run.run_id, **how)
         return v.begin_validation(wanted, home), wanted
@@ -219,13 +221,14 @@ def validate(
 ) -> None:
     """Train a run up to phase 4, evaluate thresholds, make reports and sum up.
 
-    The summary lies in data/validations. It opens no hold-out and spends no error budget: approved
-    means that the run may go on to the judge, whose word is the verdict. Configurations that the
-    optimizer measures enter the ledger of trials, and no setting is changed. An interrupted one goes
-    on with --run-id and its name.
+    The summary lies in data/validations. It opens no hold-out and spends no error budget:
+    approved means that the run may go on to the judge, whose word is the verdict. Configurations
+    that the optimizer measures enter the ledger of trials, and no setting is changed. An
+    interrupted one goes on with --run-id and its name.
 
-    Ends with 0 when it came to its end, 1 when it failed, 2 when used wrongly, 3 with --require-pass
-    unless it is complete and approved, 4 when another process works on it and 130 after Ctrl-C.
+    Ends with 0 when it came to its end, 1 when it failed, 2 when used wrongly, 3 with
+    --require-pass unless it is complete and approved, 4 when another process works on it and 130
+    after Ctrl-C.
     """
     given = dict(locals())
     try:

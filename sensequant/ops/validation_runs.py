@@ -107,7 +107,7 @@ def begin_validation(
     "A validation with a name nobody else has, noted in the state as running."
     home, moment = Path(home).expanduser().absolute(), datetime.now(IST)
     days = {k: str(wanted.config[k]) for k in ("start", "end")}
-    about = {"kind": KIND, "symbols": wanted.symbols(), "date_range": days}
+    about: dict[str, Any] = {"kind": KIND, "symbols": wanted.symbols(), "date_range": days}
     about |= {"dryrun": wanted.dryrun, "wanted": asdict(wanted)}
     simulated = o.open_feed(wanted.config, home).simulated
     while True:
@@ -286,12 +286,12 @@ def symbol_rows(run: Run, wanted: Wanted) -> list[SymbolRow]:  # by symbol, POOL
     rows = []
     for symbol in [*names, *([POOLED] if POOLED in windows["teacher"] else [])]:
         mine = {kind: windows[kind].get(symbol, []) for kind in _PHASE}
-        counts = [dict(Counter(w.status for w in mine[kind])) for kind in _PHASE]
+        teacher, student = (dict(Counter(w.status for w in mine[kind])) for kind in _PHASE)
         scores, pinned = said.get(symbol, {}), f"bars/{symbol}.parquet"
         held = run.artifacts.has(pinned)
         bars = pq.read_metadata(run.artifacts.path(pinned)).num_rows if held else None
-        about = (int(scores.get("n", 0)), scores.get("accuracy"))
-        row = SymbolRow(symbol, bars, *counts, *about)
+        n, accuracy = int(scores.get("n", 0)), scores.get("accuracy")
+        row = SymbolRow(symbol, bars, teacher, student, n, accuracy)
         refusal = ("refused", refused.get(symbol, ""))
         row.outcome, row.reason = refusal if symbol in refused else outcome_of(row, mine)
         rows.append(row)
@@ -403,7 +403,8 @@ def _advice(approved: bool, reason: str, *steps: str) -> dict[str, Any]:
 def score_bars(summary: Mapping[str, Any]) -> list[dict[str, Any]]:  # name, value, bar, met
     "The scores beside the reference's bars."
     student, teacher = summary["student_results"], summary["teacher_results"]
-    best = next(iter(summary["optimizer_results"]["best_configs"].values()), {})
+    found: dict[str, Any] = summary["optimizer_results"]["best_configs"]
+    best: dict[str, Any] = next(iter(found.values()), {})
     held = {f"student_{n}": student.get(f"avg_{n}") for n in _FIGURES["student"]}
     held |= {"teacher_f1": teacher.get("avg_f1"), "sharpe": best.get("sharpe_ratio")}
     rows = []
@@ -431,9 +432,9 @@ def _symbol_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for r in rows:
         bars = "" if r["bars"] is None else f"{r['bars']:,}"
         reason = " ".join(r["reason"].split()).replace("|", "\\|")
-        cells = (r["symbol"], bars, _windows(r["teacher"]), _windows(r["student"]))
+        cells = [r["symbol"], bars, _windows(r["teacher"]), _windows(r["student"])]
         share = "" if r["accuracy"] is None else f"{r['accuracy']:.1%}"
-        cells += (f"{r['predictions']:,}", share, r["outcome"], reason)
+        cells += [f"{r['predictions']:,}", share, r["outcome"], reason]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -517,7 +518,8 @@ def record_validation_run(validation: Validation, summary: Mapping[str, Any]) ->
 def _told(record: RunRecord, home: Path) -> dict[str, Any]:
     "A validation as a script reads it."
     file = Validation(record.run_id, home).folder / SUMMARY
-    found = {"run_id": record.run_id, "timestamp": (record.started_at or record.created_at)}
+    moment = record.started_at or record.created_at
+    found: dict[str, Any] = {"run_id": record.run_id, "timestamp": moment}
     found |= {k: record.config[k] for k in ("symbols", "date_range", "dryrun")}
     found |= {"status": spell(record), "message": record.message, "results": {}}
     if file.is_file():
@@ -553,7 +555,7 @@ def _summary(validation: Validation, wanted: Wanted, **more: Any) -> dict[str, A
     assert record is not None  # it was begun
     idle = {"status": "not attempted", "runs_completed": 0}
     empty = {k: {**idle, **{f"avg_{n}": None for n in names}} for k, names in _FIGURES.items()}
-    found = {"run_id": record.run_id, "timestamp": record.started_at}
+    found: dict[str, Any] = {"run_id": record.run_id, "timestamp": record.started_at}
     found |= {k: record.config[k] for k in ("symbols", "date_range")}
     found |= {"status": "completed", "dryrun": wanted.dryrun}
     found |= {f"{kind}_results": empty[kind] for kind in _FIGURES}
@@ -626,7 +628,7 @@ def _beside(
         evaluate = lambda: evaluate_rules(run, validation.search, wanted.max_configs)  # noqa: E731
         found = _attempt(summary, "optimizer", evaluate)
         why = summary["warnings"][-1].removeprefix("optimizer: ") if found is None else ""
-        lost = {"status": "failed", "best_configs": {}, "reason": why}
+        lost: dict[str, Any] = {"status": "failed", "best_configs": {}, "reason": why}
         summary["optimizer_results"] = lost if found is None else found
     if not wanted.reports:
         return
