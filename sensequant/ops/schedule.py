@@ -164,8 +164,9 @@ def _cron_command(plan: Plan, kind: str, log: Path) -> str:
     "What cron gives to the shell."
     names = [f"{k}={shlex.quote(v)}" for k, v in plan.environment]
     start = " ".join([*names, shlex.join(plan.command(kind))])
-    place = shlex.quote(str(plan.clone))
-    text = f"cd {place} && {start} >>{shlex.quote(str(log))} 2>&1".replace("%", "\\%")
+    place, folder = shlex.quote(str(plan.clone)), shlex.quote(str(log.parent))
+    text = f"cd {place} && mkdir -p {folder} && {start} >>{shlex.quote(str(log))} 2>&1"
+    text = text.replace("%", "\\%")
     if len(text) > _LONGEST or "\n" in text:
         must = f"a line of a crontab must be one line of at most {_LONGEST} characters"
         fix = "Name the symbols with --universe or --symbols-file, and settings in .env"
@@ -215,6 +216,9 @@ def calendars(settings: Settings) -> dict[str, str]:  # by kind
     return {k: f"{days[k]} {at[k]} Asia/Kolkata" for k in KINDS}
 
 
+_NETWORK = ("Wants=network-online.target", "After=network-online.target")
+
+
 def units(
     plan: Plan,
     settings: Settings,
@@ -226,7 +230,7 @@ def units(
     for kind, when in calendars(settings).items():
         name, what = f"sensequant-retrain-{kind}", f"SenseQuant {kind} retraining"
         start = " ".join(map(quote_unit, plan.command(kind)))
-        service = ["[Unit]", f"Description={what}", "After=network-online.target", "", "[Service]"]
+        service = ["[Unit]", f"Description={what}", *_NETWORK, "", "[Service]"]
         service += ["Type=oneshot", f"WorkingDirectory={place}", *fixed, f"ExecStart={start}"]
         files[f"{name}.service"] = "\n".join([*service, "Nice=10", ""])
         timer = ["[Unit]", f"Description={what}, by the clock", "", "[Timer]", f"OnCalendar={when}"]

@@ -10,6 +10,7 @@ __all__ = ['OPTIONS', 'words_of', 'settings_for', 'Job', 'open_job', 'bring', 'l
 # %% ../../nbs/9_ops/922_schedule_cli.ipynb #6c4fd80d
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date, datetime
 from pathlib import Path
@@ -177,6 +178,7 @@ def train(job: Job, note: Note) -> int:  # exit code of the run
     def begin() -> Any:
         run = o.begin_run(config, home)
         note.run_id = run.run_id
+        log_note(home, note)  # a killed one is found by it
         return run
 
     say(f"Training {config['start']} to {end}" + ", asks for promotion" * config["propose"])
@@ -263,12 +265,13 @@ def _begin(kind: str, given: Mapping[str, Any]) -> int:  # exit code
         return _plan(open_job(kind, given))
     if given["scheduled"] and _skip(kind, home):
         return FINISHED
-    try:
-        with sole(lock_path(home), kind, 60 * given["wait"], say):
-            return retrain_now(kind, given, home)
-    except GateError as error:
-        log_note(home, ended(Note(kind, datetime.now(IST)), "busy", str(error)))
-        raise
+    with ExitStack() as turn:
+        try:
+            turn.enter_context(sole(lock_path(home), kind, 60 * given["wait"], say))
+        except GateError as error:
+            log_note(home, ended(Note(kind, datetime.now(IST)), "busy", str(error)))
+            raise
+        return retrain_now(kind, given, home)
 
 # %% ../../nbs/9_ops/922_schedule_cli.ipynb #f2fd280e
 def retrain(
@@ -318,18 +321,17 @@ def retrain(
 def _told(settings: Settings, given: Mapping[str, Any], lost: Sequence[str]) -> list[str]:
     "What stands above the lines."
     from sensequant.core.ledger import market_of
-    from sensequant.ops.data_cli import open_feed
 
-    feed = open_feed(settings)
-    if feed.remote and not feed.simulated and not any(given[n] for n in _NAMES):
+    simulated = settings.source == "simulated"
+    if settings.source in ("breeze", "hybrid") and not any(given[n] for n in _NAMES):
         fix = "Use --symbols, --symbols-file or --universe"
         must = "symbols must be named for a source that counts requests"
         raise SettingsError(must, "none", "schedule", fix)
     year = datetime.now(IST).year
-    before = spent(settings, market_of(feed.name, feed.simulated), year)
+    before = 0 if simulated else spent(settings, market_of(settings.source, False), year)
     lines = ["SenseQuant: retraining by the clock", "", *budget_lines(settings, year, before), ""]
     kind = "SIMULATED bars, for trying out: no market ever traded them"
-    lines += [kind, ""] if feed.simulated else []
+    lines += [kind, ""] if simulated else []
     held = (
         f"Set in this shell alone and unknown to the lines; put them into .env: {', '.join(lost)}"
     )

@@ -34,8 +34,9 @@ from sensequant.ops.cli import (
 )
 
 # %% ../../nbs/9_ops/920_validate_cli.ipynb #9d710071
-_SHAPE = ("symbols", "symbols_file", "universe", "start", "end", "source", "csv_dir", "csv_zone",
-          "benchmark", "interval", "sim_symbols", "signal_ic", "seed", "scope", "workers")  # fmt: skip
+_SHAPE = ("symbols", "symbols_file", "universe", "start", "end", "source", "csv_dir",
+          "csv_zone", "benchmark", "interval", "sim_symbols", "signal_ic", "seed", "scope",
+          "workers")  # fmt: skip
 _FLAGS = ("skip_fetch", "incremental")
 
 
@@ -75,10 +76,10 @@ def find_validation(given: Mapping[str, Any]) -> tuple[Any, Any]:  # Validation,
 
     name, home = given["run_id"], load_settings().home
     trained = name if name and name.startswith("live_candidate_") else None
-    if trained or (name and v.find_record(name, home)):
-        if typed := _typed(given):
-            must = "a run that is trained, and a validation that goes on, bring their own settings"
-            raise SettingsError(must, ", ".join(typed), f"--run-id {name}", "Leave them out")
+    known, typed = bool(name and v.find_record(name, home)), _typed(given)
+    if (trained or known) and typed:
+        must = "a run that is trained, and a validation that goes on, bring their own settings"
+        raise SettingsError(must, ", ".join(typed), f"--run-id {name}", "Leave them out")
     if trained:
         run = v.check_training_run(trained, home)
         how: dict[str, Any] = {"optimizer": not given["skip_optimizer"]}
@@ -86,7 +87,7 @@ def find_validation(given: Mapping[str, Any]) -> tuple[Any, Any]:  # Validation,
         how |= {"dryrun": given["dryrun"], "max_configs": given["max_configs"] or v.EVALUATED}
         wanted = v.Wanted(run.artifacts.read_json("config.json"), run.run_id, **how)
         return v.begin_validation(wanted, home), wanted
-    if name and v.find_record(name, home):
+    if known:
         return v.resume_validation(name, home)
     if name:
         v.check_name(name)
