@@ -416,7 +416,7 @@ def runs(
     limit: Annotated[int, typer.Option(help="at most so many", min=1)] = 12,
     as_json: Annotated[bool, typer.Option("--json", help="for a script")] = False,
 ) -> None:
-    "List runs, newest first."
+    "List training runs and validations, newest first."
     from sensequant.ops.orchestrator import state_of
 
     try:
@@ -428,6 +428,7 @@ def runs(
     rows = [
         {
             "run_id": r.run_id,
+            "kind": r.config.get("kind", "training"),
             "status": "interrupted" if r.run_id in stale else r.status,
             "message": r.message,
         }
@@ -439,7 +440,7 @@ def runs(
     if not rows:
         say("no run yet; start one with `make run`")
         return
-    table = Table("run id", "status", "verdict or message")
+    table = Table("run id", "kind", "status", "verdict or message")
     for row in rows:
         table.add_row(*row.values())
     Console().print(table)

@@ -21,6 +21,8 @@ from .release_cli import release
 from .report_cli import report
 from .train_cli import bench, check, devices, export, train
 from .verify_cli import reproduce, verify
+from .schedule_cli import retrain, schedule
+from .validate_cli import validate
 
 # %% ../../nbs/9_ops/999_main.ipynb #24ca49b5
 data.command()(sentiment)
@@ -33,6 +35,9 @@ app.command()(optimize)
 app.command()(report)
 app.command()(calibrate)
 app.command()(audit)
+app.command()(validate)
+app.command()(schedule)
+app.command()(retrain)
 app.command()(devices)
 app.command()(export)
 app.command()(verify)
