@@ -420,15 +420,15 @@ def coverage_by_month(
     table = missing_by_month(coverage)
     share = (table["missing"] / table["expected"].where(table["expected"] > 0) * PERCENT).fillna(0)
     expected, n = int(table["expected"].sum()), len(coverage["symbols"])
-    ylabel = f"sessions missing, % (n = {expected:,})"
+    xlabel, ylabel = f"month (n = {expected:,} sessions)", "missing, %"
     if not expected:
-        card, axes = figure("No session is expected", "month", ylabel)
+        card, axes = figure("No session is expected", xlabel, ylabel)
         _say(axes, "no observations")
         return card
     whole = table["missing"].sum() / expected * PERCENT
     title = f"{whole:.2f}% of the sessions of {n} symbols are missing"
     title += f", most in {share.idxmax():%Y-%m} ({share.max():.2f}%)" if whole else ""
-    card, axes = figure(title, "month", ylabel, 2.2)
+    card, axes = figure(title, xlabel, ylabel, 2.2)
     axes.bar(share.index, share, width=24, color=LOSS, hatch=LOSS_HATCH, edgecolor="white")
     axes.set_ylim(0, max(float(share.max()) * 1.15, 0.1))
     return card

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_ROWS', 'GLOSSARY', 'PATTERNS', 'FIGURE_COLUMNS', 'SCORES', 'MONTHS', 'MADE_BY', 'final_verdict', 'headline',
-           'one_reason', 'Figure', 'Table', 'Section', 'figure_of', 'table_of', 'Explainer', 'explain_sections',
+           'one_reason', 'dig', 'Figure', 'Table', 'Section', 'figure_of', 'table_of', 'Explainer', 'explain_sections',
            'literal', 'markdown_table', 'section_text', 'briefing_text', 'find_section', 'ingest_warnings',
            'data_section', 'mean_score', 'training_section', 'statistics_table', 'yearly_table', 'monthly_table',
            'passed_word', 'conditions_section', 'next_section', 'partial_briefing']
@@ -72,6 +72,16 @@ def one_reason(
         f"Luck alone would order the shares as well in {100 * luck['value']:.2g} % of cases, where "
         f"{allowed} is allowed, and after all costs {100 * paid['value']:+.3f} % a session was left."
     )
+
+# %% ../../nbs/7_govern/76_briefing.ipynb #0e2afbbc
+def dig(
+    held: Any,  # nested mappings
+    *keys: str,
+) -> Any:  # None where the way ends
+    "A value deep inside."
+    for key in keys:
+        held = held.get(key) if isinstance(held, Mapping) else None
+    return held
 
 # %% ../../nbs/7_govern/76_briefing.ipynb #043874aa
 @dataclass(frozen=True)
@@ -188,10 +198,9 @@ GLOSSARY = {
 
 
 def _pattern(term: str) -> re.Pattern[str]:
-    "A term as a word of its own, in any case where it is no abbreviation."
-    plural = "" if term.isupper() else "s?"
+    "A term as a word of its own, small or large, one or many."
     words = re.escape(term).replace(r"\ ", r"[\s-]").replace(r"\-", r"[\s-]")
-    return re.compile(rf"(?<![\w-]){words}{plural}(?![\w-])", 0 if term.isupper() else re.I)
+    return re.compile(rf"(?<![\w-]){words}s?(?![\w-])", re.I)
 
 
 PATTERNS = {term: _pattern(term) for term in GLOSSARY}
@@ -221,11 +230,15 @@ class Explainer:
         return f"{said}{self.text(words)}".strip()
 
 # %% ../../nbs/7_govern/76_briefing.ipynb #ed841539
-def _explain_table(explainer: Explainer, table: Table) -> Table:
-    "A table with the terms of its cells explained."
-    columns = tuple(explainer.text(c) for c in table.columns)
-    rows = tuple(tuple(explainer.text(cell) for cell in row) for row in table.rows)
-    return Table(columns, rows, explainer.text(table.title))
+def _explain_tables(explainer: Explainer, tables: Sequence[Table]) -> tuple[str, tuple[Table, ...]]:
+    "What the headings of tables mean, and the tables with the terms of their cells explained."
+    heads = ". ".join(text for t in tables for text in (t.title, *t.columns))
+    above = explainer.words(heads, "")
+    made = []
+    for table in tables:
+        rows = tuple(tuple(explainer.text(cell) for cell in row) for row in table.rows)
+        made.append(replace(table, rows=rows))
+    return above, tuple(made)
 
 
 def explain_sections(
@@ -237,7 +250,8 @@ def explain_sections(
         title, said = explainer.text(s.title), tuple(explainer.text(t) for t in s.said)
         missing = explainer.text(s.missing)
         figures = tuple(replace(f, words=explainer.words(f.name, f.words)) for f in s.figures)
-        tables = tuple(_explain_table(explainer, t) for t in s.tables)
+        above, tables = _explain_tables(explainer, s.tables)
+        said += (above,) if above else ()
         points = tuple(explainer.text(p) for p in s.points)
         done = replace(s, title=title, said=said, figures=figures, tables=tables)
         made.append(replace(done, points=points, missing=missing))
@@ -331,7 +345,7 @@ def _coverage_figures(held: Mapping[str, Any]) -> tuple[Figure, ...]:
     percent = ("." + "2f", "%", 100.0)
     return (
         figure_of("symbols", "symbols used", len(symbols), (",.0f", "symbols"),
-                  f"{unused} more were asked for and could not be used."),
+                  f"{unused} more could not be used." if unused else "All that were asked for."),
         figure_of("coverage", "sessions with bars", present / expected if expected else None,
                   percent, f"{expected - present:,} of {expected:,} are missing. {gaps}"),
         figure_of("rejected", "rows rejected", wrong / read if read else None, percent,
@@ -399,9 +413,11 @@ def training_section(run: Run) -> Section:
     columns = ("model", "scope", "windows", "trained", "skipped", "failed", "mean F1", "mean AUC")
     why = pd.Series([r.skip_class for r in held[done[0]] if r.status == "skipped"], dtype=object)
     classes = [f"{n} as {str(k).replace('_', ' ')}" for k, n in why.value_counts().items()]
-    said = "Each window teaches one model, which the next days judge. " + (
-        f"Skipped were {', '.join(classes)}." if classes else "None was skipped."
+    said = (
+        "Each window makes a teacher and a student, which the next days judge. The models of scope "
+        "symbol know one share each, those of scope pooled know all of them."
     )
+    said += f" Skipped were {', '.join(classes)}." if classes else " None was skipped."
     missing = "" if "student" in held else "no student has been trained"
     return Section(
         "training", "Training", (said,), tables=(table_of(columns, rows),), missing=missing
@@ -511,11 +527,15 @@ def conditions_section(
         for about in _ABOUT
         if (held := [c for c in gate["checks"] if _about(c["name"]) == about])
     ]
-    n = [c for c in gate["checks"] if c["blocks"] != "nothing"]
-    held = sum(c["passed"] for c in n if c["read"])
-    unread = sum(not c["read"] for c in n)
-    rest = f" {unread} were not read." if unread else ""
-    said = f"{held} of {len(n)} conditions hold.{rest} Judged by a {gate['kind']}."
+    asked = [c for c in gate["checks"] if c["blocks"] != "nothing"]
+    words = [passed_word(c) for c in asked]
+    counts = {w: words.count(w) for w in ("NO", "staging only", "not read")}
+    told = {"NO": "stand in the way", "staging only": "stand in the way of production alone",
+            "not read": "were not read"}  # fmt: skip
+    rest = "".join(f"; {n} {told[w]}" for w, n in counts.items() if n)
+    said = (
+        f"{words.count('yes')} of {len(asked)} conditions hold{rest}. Judged by a {gate['kind']}."
+    )
     return Section("conditions", "What had to hold", (said,), tables=tuple(tables))
 
 # %% ../../nbs/7_govern/76_briefing.ipynb #e3de4d3b
@@ -536,9 +556,11 @@ def next_section(
     else:
         points = ["Read the pages of phases 1, 4 and 5 and compare the figures with this page.",
                   "Check that the evidence is unchanged, let each role sign with a key of its own, "
-                  "then deploy. A signature names the manifest's fingerprint, nothing else."]  # fmt: skip
+                  "then deploy."]  # fmt: skip
         commands = _signing(briefing)
-    return Section("next", "Next steps", points=tuple(points), commands=tuple(commands))
+    digest = dig(briefing, "manifest", "sha256")
+    said = (f"All of this is under one manifest; its SHA-256 is `{digest}`.",) if digest else ()
+    return Section("next", "Next steps", said, points=tuple(points), commands=tuple(commands))
 
 
 def _signing(briefing: Mapping[str, Any]) -> list[str]:

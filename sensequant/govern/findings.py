@@ -173,7 +173,7 @@ def _luck_figures(stats: Mapping[str, Any]) -> tuple[Figure, ...]:
     "How likely it is luck."
     ic, a, net, tried = stats["rank_ic"], stats["alpha"], stats["net"], stats["trials"]
     n, enough = tried["n_trials"], _text(net["min_track_record"], ",.0f")
-    chance = (".3g", "%", 100.0)
+    chance, many = (".3f", "%", 100.0), stats["bootstrap_samples"]
     return (
         figure_of("ic_t", "t-value of the rank IC", ic["t"], (".2f", ""), _chance(ic["p"])),
         figure_of("alpha_t", "t-value of the net alpha", a["t"], (".2f", ""), _chance(a["p"])),
@@ -185,7 +185,8 @@ def _luck_figures(stats: Mapping[str, Any]) -> tuple[Figure, ...]:
         figure_of("pbo", "chance of overfitting", tried["pbo"], chance,
                   "How often the try that was best in one half of the days was below the middle in "
                   "the other half."),
-        figure_of("spa", "chance that no try beats the benchmark", tried["spa_p"], chance),
+        figure_of("spa", "chance that no try beats the benchmark", tried["spa_p"], chance,
+                  f"As the share of {many:,} redrawn histories in which chance did as well."),
     )  # fmt: skip
 
 # %% ../../nbs/7_govern/786_findings.ipynb #93844ac0
@@ -207,9 +208,12 @@ def _compared_figures(
                   "A rule that worked in one good year would show here."),
         figure_of("uplift", "accuracy less the base rate", validation["uplift"],
                   ("+.2f", "points", 100.0), named),
-        figure_of("precision", "precision", all_["precision"], (".1f", "%", 100.0)),
-        figure_of("recall", "recall", all_["recall"], (".1f", "%", 100.0)),
-        figure_of("auc", "AUC", all_["auc"], (".3f", "")),
+        figure_of("precision", "precision", all_["precision"], (".1f", "%", 100.0),
+                  "Of what it called, so much came true; the mean of the three directions."),
+        figure_of("recall", "recall", all_["recall"], (".1f", "%", 100.0),
+                  "Of what happened, it had called so much; the mean of the three directions."),
+        figure_of("auc", "AUC", all_["auc"], (".3f", ""),
+                  "A coin has 0.5; an oracle would have 1."),
     )  # fmt: skip
 
 
@@ -473,12 +477,9 @@ def summary_section(
     "The key figures, and how much the verdict itself can be trusted."
     where = " or ".join(briefing["environments"])
     go = f"It may go to {where} once it is signed." if where else "It may not be deployed."
-    manifest = f"Its manifest has the SHA-256 `{briefing['manifest']['sha256']}`."
-    who = f"Run `{briefing['run_id']}`, status **{briefing['status']}**, told "
-    who += f"{briefing['timestamp']}. {go}"
-    return Section(
-        "summary", "In short", (who, briefing["certificate"], manifest), key_figures(stats)
-    )
+    told = f"{datetime.fromisoformat(briefing['timestamp']):%Y-%m-%d %H:%M} IST"
+    who = f"Run `{briefing['run_id']}`, status **{briefing['status']}**, told {told}. {go}"
+    return Section("summary", "In short", (who, briefing["certificate"]), key_figures(stats))
 
 
 def _sections(run: Run, known: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[Section]:
