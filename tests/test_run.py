@@ -95,7 +95,7 @@ def require_whole(run):
     assert statuses(run) == (dict.fromkeys(NAMES, "success"), "success")
     assert Artifacts(run.folder).verify() == []
     manifest = yaml.safe_load((run.folder / "manifest.yaml").read_text())
-    signed = {path: a["sha256"] for path, a in manifest["artifacts"].items()}
+    signed = {path: a["sha256"] for path, a in manifest["files"].items()}
     assert signed == {path: sha256_file(run.folder / path) for path in signed}
     assert json.loads((run.folder / "audit/checks.json").read_text())["whole"] is True
     assert not list(run.folder.rglob("*.tmp"))
