@@ -10,6 +10,7 @@ import sys
 
 from .broker_cli import breeze, sandbox
 from .calibrate_cli import calibrate
+from .candidates_cli import candidates, keys
 from .cli import app
 from .collect_cli import books, sentiment
 from .data_cli import data
@@ -30,6 +31,8 @@ app.command()(report)
 app.command()(calibrate)
 app.command()(devices)
 app.command()(export)
+app.add_typer(keys, name="keys")
+app.add_typer(candidates, name="candidates")
 app.add_typer(train, name="train")
 app.add_typer(check, name="check")
 app.add_typer(bench, name="bench")
