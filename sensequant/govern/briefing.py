@@ -70,7 +70,7 @@ def one_reason(
     allowed = f"{100 * luck['required']:.3g} %" if luck.get("required") else "less"
     return (
         f"Luck alone would order the shares as well in {100 * luck['value']:.2g} % of cases, where "
-        f"{allowed} is allowed, and after all costs {100 * paid['value']:+.3f} % a session was left."
+        f"{allowed} is allowed; after all costs {100 * paid['value']:+.3f} % a session was left."
     )
 
 # %% ../../nbs/7_govern/76_briefing.ipynb #0e2afbbc
@@ -540,18 +540,22 @@ def conditions_section(
 
 # %% ../../nbs/7_govern/76_briefing.ipynb #e3de4d3b
 def next_section(
-    briefing: Mapping[str, Any],  # run_id, status, environments, roles, staging_sessions
+    briefing: Mapping[str, Any],  # run_id, status, environments_ready, roles, staging_sessions
 ) -> Section:
     "What a person can do now, with the commands as they are typed."
     run_id, status = briefing["run_id"], briefing["status"]
     if status == "not-proposed":
         points = ["Read the pages of phases 4 and 5; nothing is spent yet.",
-                  "To ask for promotion, run it once more and propose it: that spends a part of the "
-                  "year's error budget and opens the hold-out."]  # fmt: skip
+                  "To ask for promotion, run it once more and propose it: that spends a part of "
+                  "the year's error budget and opens the hold-out."]  # fmt: skip
         commands = [f"sensequant verify {run_id}", "sensequant run --incremental --propose"]
     elif status == "rejected":
         points = ["Do not trade this candidate.",
                   "Read the reasons above, then the pages of phases 4 and 5."]  # fmt: skip
+        commands = [f"sensequant verify {run_id}", f"sensequant candidates show {run_id}"]
+    elif not briefing["environments_ready"]:
+        points = ["Risk flags stand in the way of every deployment.",
+                  "Mend what they name, then run it again."]  # fmt: skip
         commands = [f"sensequant verify {run_id}", f"sensequant candidates show {run_id}"]
     else:
         points = ["Read the pages of phases 1, 4 and 5 and compare the figures with this page.",
@@ -565,14 +569,13 @@ def next_section(
 
 def _signing(briefing: Mapping[str, Any]) -> list[str]:
     "The commands from a review to a deployment."
-    run_id = briefing["run_id"]
+    run_id, places = briefing["run_id"], briefing["environments_ready"]
     signed = [
         f'sensequant candidates approve {run_id} --role "{role}" --key NAME'
         for role in briefing["roles"]
     ]
-    where = [
-        f"sensequant release deploy {run_id} --environment {e}" for e in briefing["environments"]
-    ]
+    deploy = f"sensequant release deploy {run_id} --environment"
+    where = [f"{deploy} {place}" for place in places]
     wait = f"# production: after {briefing['staging_sessions']} full sessions in staging"
     steps = [where[0], wait, *where[1:]] if len(where) > 1 else where
     return [f"sensequant verify {run_id}", *signed, *steps]

@@ -39,6 +39,7 @@ from sensequant.govern.briefing import (
     passed_word,
     section_text,
 )
+from .promotion import Register, register_path
 from sensequant.govern.pages import (
     Heading,
     frame_page,
@@ -154,19 +155,17 @@ def _records(home: Path) -> tuple[dict[str, RunRecord], set[str]]:  # and runs w
 
 def release_states(home: Path) -> dict[str, str]:
     "Where each candidate stands on its way to the market, by run."
-    path = home / "data" / "state" / "sensequant.db"
+    path = register_path(home)
     if not path.is_file():
         return {}
-    with State(path) as state:
-        return {c.run_id: c.status for c in state.candidates()}
+    return {r["run_id"]: r["to"] for r in Register(path).rows("state")}
 
 
 def run_lines(
     home: Path,  # folder of data, runs and reports
 ) -> list[RunLine]:  # newest first
     "Every run that anything remembers."
-    records, stale = _records(home)
-    releases, lines = release_states(home), []
+    (records, stale), releases, lines = _records(home), release_states(home), []
     for run_id in sorted({*run_ids(home), *records}, reverse=True):
         line = read_line(Run(run_id, home), records.get(run_id), releases.get(run_id, ""))
         if run_id in stale and line.status == "running":
@@ -358,10 +357,11 @@ def data_compared(both: Compared) -> Section:
     rows += [(k, *(literal(i.get(k, "n/a")) for i in both.inputs)) for k in
              ("feed", "interval", "benchmark", "holdout")]  # fmt: skip
     apart = not_comparable(both)
-    said = ("Not comparable: differences below are differences of the data as much as of the models.",
-            ) if apart else ("Both read the same market over the same dates.",)  # fmt: skip
+    said = "Both read the same market over the same dates."
+    if apart:
+        said = "Not comparable: what differs below differs by the data as much as by the models."
     tables = _tables(("what", *both.names), rows, "")
-    return Section("data", "Data", said, tables=tables, points=tuple(apart))
+    return Section("data", "Data", (said,), tables=tables, points=tuple(apart))
 
 # %% ../../nbs/7_govern/78_run_index.ipynb #9596d55f
 def _difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:

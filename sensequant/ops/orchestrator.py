@@ -695,7 +695,7 @@ def sweep(run: Run) -> None:
 
 
 def _list_runs(run: Run) -> None:
-    "Write the list of all runs anew; what cannot be written is an event, and the run ends as it did."
+    "Write the list of all runs anew; what cannot be written is an event, no end of the run."
     for words in refresh_index(run.home):
         run.events.emit("warning", message=f"the list of runs is not up to date: {words}")
 
