@@ -243,9 +243,10 @@ def _explain_tables(explainer: Explainer, tables: Sequence[Table]) -> tuple[str,
 
 def explain_sections(
     sections: Sequence[Section],  # in the order they are read
+    explainer: Explainer | None = None,  # that has read what stands above them
 ) -> list[Section]:
     "The same sections, each term explained at its first use."
-    explainer, made = Explainer(), []
+    explainer, made = explainer or Explainer(), []
     for s in sections:
         title, said = explainer.text(s.title), tuple(explainer.text(t) for t in s.said)
         missing = explainer.text(s.missing)
@@ -630,11 +631,13 @@ def partial_briefing(
     )
     again = Section("phases", "How far it came", (said,), tables=(rows,), commands=(typed,))
     found = [again, *(_what_is_there(run, key, phases, stopped) for key in MADE_BY)]
-    sections = [asdict(s) for s in explain_sections(found)]
+    explainer = Explainer()
+    reason = explainer.text(literal(message))
+    sections = [asdict(s) for s in explain_sections(found, explainer)]
     facts: dict[str, Any] = {"run_id": run.run_id}
     facts |= {"timestamp": datetime.now(IST).isoformat(timespec="seconds")}
     facts |= {"status": phases[stopped], "recommendation": "none", "stopped_in": stopped}
-    facts |= {"headline": f"Stopped in {stopped}: no verdict", "reason": literal(message)}
+    facts |= {"headline": f"Stopped in {stopped}: no verdict", "reason": reason}
     facts |= {"phases": phases, "message": message, "traceback": traceback, "sections": sections}
     facts["missing"] = {s["key"]: s["missing"] for s in sections if s["missing"]}
     facts["figures"] = [f | {"section": s["key"]} for s in sections for f in s["figures"]]

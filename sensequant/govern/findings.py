@@ -20,6 +20,7 @@ from ..core.settings import Settings
 from ..core.types import IST
 from ..data.runs import Run, read_inputs
 from sensequant.govern.briefing import (
+    Explainer,
     Figure,
     Section,
     Table,
@@ -559,7 +560,10 @@ def build_briefing(
     known |= {"statistical_tests": statistics_facts(metrics["statistics"])}
     known |= {"risk_assessment": _assessed(gate, risks_of(metrics, audit), run, training)}
     known |= {"models": _models(manifest), "artifacts": _places(run)}
-    sections = [asdict(s) for s in explain_sections(_sections(run, known, metrics))]
+    explainer = Explainer()
+    known |= {"reason": explainer.text(known["reason"])}
+    told = explain_sections(_sections(run, known, metrics), explainer)
+    sections = [asdict(s) for s in told]
     figures = [f | {"section": s["key"]} for s in sections for f in s["figures"]]
     return known | {"sections": sections, "figures": figures}
 

@@ -94,6 +94,8 @@ def data_words(
     inputs: Mapping[str, Any],  # inputs.json, may be empty
 ) -> str:
     "What a run read, or was to read."
+    if not config and not inputs:
+        return "not known"
     source = str(config.get("source") or inputs.get("feed") or "unknown source")
     simulated = inputs.get("simulated", source == "simulated")
     kind = "simulated" if simulated else f"real, {source}"

@@ -13,6 +13,7 @@ from .calibrate_cli import calibrate
 from .candidates_cli import candidates, keys
 from .cli import app
 from .collect_cli import books, sentiment
+from .compare_cli import compare
 from .data_cli import data
 from .judge_cli import backtest
 from .optimize_cli import optimize
@@ -29,6 +30,7 @@ app.command()(backtest)
 app.command()(optimize)
 app.command()(report)
 app.command()(calibrate)
+app.command()(compare)
 app.command()(devices)
 app.command()(export)
 app.add_typer(keys, name="keys")
