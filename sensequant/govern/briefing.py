@@ -531,9 +531,8 @@ def conditions_section(
     asked = [c for c in gate["checks"] if c["blocks"] != "nothing"]
     words = [passed_word(c) for c in asked]
     counts = {w: words.count(w) for w in ("NO", "staging only", "not read")}
-    told = {"NO": "stand in the way", "staging only": "stand in the way of production alone",
-            "not read": "were not read"}  # fmt: skip
-    rest = "".join(f"; {n} {told[w]}" for w, n in counts.items() if n)
+    told = {"NO": "against it", "staging only": "against production alone", "not read": "not read"}
+    rest = "".join(f"; {told[w]}: {n}" for w, n in counts.items() if n)
     said = (
         f"{words.count('yes')} of {len(asked)} conditions hold{rest}. Judged by a {gate['kind']}."
     )

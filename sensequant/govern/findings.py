@@ -353,16 +353,16 @@ def models_section(
         return Section("models", title, missing="no student was trained")
     oldest, newest = (datetime.fromisoformat(d).date() for d in (dated[0], dated[-1]))
     days, behind = (now.date() - newest).days, max(len(sessions(newest, now.date())) - 1, 0)
-    kind = "one for all shares" if scope == "pooled" else "the newest of each symbol"
+    kind = "One for all shares" if scope == "pooled" else "The newest of each symbol"
     said = (
         "The evidence is about the procedure: each student was scored on the window after its own, "
         "and the newest students, which would be deployed, have not been scored yet.",
         f"The newest one learned from what was known on {newest}, {days:,} days before now.",
     )
     figures = (
-        figure_of("models", "models in the set", len(models), (",.0f", "models"), f"{kind}."),
+        figure_of("models", "models in the set", len(models), (",.0f", ""), f"{kind}."),
         figure_of("model_age", "sessions the newest student has not seen", behind,
-                  (",.0f", "sessions"), f"It saw until {newest}, the oldest of the set {oldest}."),
+                  (",.0f", ""), f"It saw until {newest}, the oldest of the set {oldest}."),
     )  # fmt: skip
     return Section("models", title, said, figures)
 
@@ -390,7 +390,7 @@ def risks_of(
     return sorted(known, key=lambda r: place.get(str(r["severity"]), len(place)))
 
 
-LIMITS = (
+LIMITS = (  # the first one of real bars alone
     "The bars are those of shares that exist today; companies that failed or left are absent where "
     "the feed has no others.",
     "What a broker agrees on and how far an order moves a price are assumptions.",
@@ -401,6 +401,7 @@ LIMITS = (
 def risks_section(
     risks: Sequence[Mapping[str, Any]],  # from `risks_of`
     ready: Sequence[str] | None,  # environments that no flag stands in the way of; None: not told
+    limits: Sequence[str] = (),  # sentences
 ) -> Section:
     "What to weigh before signing, worst first."
     columns = ("what", "severity", "evidence", "what to do")
@@ -413,7 +414,7 @@ def risks_section(
     said = [] if ready is None else [f"The risk flags allow {' and '.join(ready) or 'nothing'}."]
     said += [] if risks else ["Nothing was flagged."]
     tables = (table_of(columns, rows),) if rows else ()
-    return Section("risks", "Risks and limits", tuple(said), tables=tables, points=LIMITS)
+    return Section("risks", "Risks and limits", tuple(said), tables=tables, points=tuple(limits))
 
 # %% ../../nbs/7_govern/787_findings.ipynb #bb9a9848
 def manual_review(
@@ -499,7 +500,7 @@ def _sections(run: Run, known: Mapping[str, Any], metrics: Mapping[str, Any]) ->
     stats, validation = metrics["statistics"], metrics["validation"]
     scope, risks = known["training"]["scope"], known["risk_assessment"]
     net = run.artifacts.read_parquet("daily_returns.parquet")["net_return"]
-    now = datetime.fromisoformat(known["timestamp"])
+    now, limits = datetime.fromisoformat(known["timestamp"]), LIMITS[known["simulated"] :]
     return [
         summary_section(known, stats),
         conditions_section(known["gate"]),
@@ -510,7 +511,7 @@ def _sections(run: Run, known: Mapping[str, Any], metrics: Mapping[str, Any]) ->
         costs_section(stats),
         deployed_section(metrics),
         models_section(known["models"], scope, now),
-        risks_section(risks["risks"], metrics.get("environments_ready")),
+        risks_section(risks["risks"], metrics.get("environments_ready"), limits),
         Section(
             "by_hand", "What a person must check", points=tuple(risks["manual_review_required"])
         ),
