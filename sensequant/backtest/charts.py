@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['PERCENT', 'NAMES', 'MAX_ACCOUNTS', 'BASIS_POINTS', 'PROMISED', 'equity_curve', 'drawdown_curve', 'account_picture',
            'alpha_interval', 'ic_by_month', 'score_histogram', 'decile_table', 'score_deciles', 'confusion_matrix',
-           'calibration_curve', 'return_distribution', 'rolling_chart', 'promotion_rates']
+           'calibration_curve', 'return_distribution', 'rolling_chart', 'missing_by_month', 'coverage_by_month',
+           'promotion_rates']
 
 # %% ../../nbs/6_backtest/67_charts.ipynb #320a6ba9
 from collections.abc import Mapping
+from datetime import date
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,7 @@ from sensequant.core.plots import (
     lines,
 )
 from ..core.types import IST, require_columns
+from ..market.calendar import sessions as exchange_sessions
 from ..trading.strategies import ModelParams
 
 # %% ../../nbs/6_backtest/67_charts.ipynb #6b9f5e65
@@ -391,6 +394,44 @@ def rolling_chart(
         f"The newest {window} were right in {newest:.0f}%, all of them in {overall * PERCENT:.0f}%"
     )
     return lines(table, title, ylabel, "precision of all")
+
+# %% ../../nbs/6_backtest/67_charts.ipynb #6782e021
+def missing_by_month(
+    coverage: Mapping[str, Any],  # coverage.json of phase 1
+) -> pd.DataFrame:  # expected, missing: sessions of all symbols; by month
+    "How many sessions should be there, and how many are not."
+    start, end = (date.fromisoformat(coverage[k]) for k in ("start", "end"))
+    days, symbols = exchange_sessions(start, end).tz_localize(None), coverage["symbols"].values()
+    due = pd.Series(0, days)
+    lost = due.copy()
+    for held in symbols:
+        began = min(x for x in (held["listed_on"] or str(start), held["first"] or str(end)) if x)
+        due += days >= pd.Timestamp(began[:10])
+        for gap in held["missing"]:
+            lost[pd.Timestamp(gap["first"]) : pd.Timestamp(gap["last"])] += 1
+    table = pd.DataFrame({"expected": due, "missing": lost})
+    return table.groupby(days.to_period("M").to_timestamp()).sum().rename_axis("month")
+
+
+def coverage_by_month(
+    coverage: Mapping[str, Any],  # coverage.json of phase 1
+) -> Card:
+    "Share of the expected sessions of each month that have no bars, %."
+    table = missing_by_month(coverage)
+    share = (table["missing"] / table["expected"].where(table["expected"] > 0) * PERCENT).fillna(0)
+    expected, n = int(table["expected"].sum()), len(coverage["symbols"])
+    xlabel, ylabel = f"month (n = {expected:,} sessions)", "missing, %"
+    if not expected:
+        card, axes = figure("No session is expected", xlabel, ylabel)
+        _say(axes, "no observations")
+        return card
+    whole = table["missing"].sum() / expected * PERCENT
+    title = f"{whole:.2f}% of the sessions of {n} symbols are missing"
+    title += f", most in {share.idxmax():%Y-%m} ({share.max():.2f}%)" if whole else ""
+    card, axes = figure(title, xlabel, ylabel, 2.2)
+    axes.bar(share.index, share, width=24, color=LOSS, hatch=LOSS_HATCH, edgecolor="white")
+    axes.set_ylim(0, max(float(share.max()) * 1.15, 0.1))
+    return card
 
 # %% ../../nbs/6_backtest/67_charts.ipynb #f43e128f
 PROMISED = 5.0  # % of the markets with nothing to find

@@ -12,6 +12,7 @@ __all__ = ['PHASES', 'TEACHER_KEYS', 'STUDENT_KEYS', 'CHECKLIST_KEYS', 'GROUPED'
 
 # %% ../../nbs/9_ops/93_orchestrator.ipynb #29690020
 import errno
+import html
 import os
 import signal
 import threading
@@ -73,15 +74,17 @@ from sensequant.data.runs import (
 from ..features.feature_sets import Context, parse_groups
 from ..features.labels import LabelSpec
 from ..features.windows import PlannedWindow
-from ..govern.briefing import headline, partial_briefing
+from ..govern.briefing import headline, partial_briefing, section_text
 from sensequant.govern.pages import (
     Heading,
+    briefing_top,
     frame_page,
     front_body,
     prose,
     render_notebook,
     write_page,
 )
+from ..govern.run_index import refresh_index
 from ..govern.validation import RULE_KEYS
 from ..learn.batch import BatchRules
 from ..learn.rewards import RewardSpec
@@ -681,7 +684,8 @@ def verdict_of(run: Run) -> Ended:
     "How a run ended that reached its verdict, from its briefing."
     briefing = run.artifacts.read_json("promotion_briefing.json")
     reasons = tuple(briefing["gate"]["reasons"])
-    return Ended(run, "success", briefing["status"], headline(briefing), reasons)
+    said = briefing.get("headline") or headline(briefing)
+    return Ended(run, "success", briefing["status"], said, reasons)
 
 # %% ../../nbs/9_ops/93_orchestrator.ipynb #efe1c78c
 def sweep(run: Run) -> None:
@@ -690,12 +694,19 @@ def sweep(run: Run) -> None:
         path.unlink(missing_ok=True)
 
 
+def _list_runs(run: Run) -> None:
+    "Write the list of all runs anew; what cannot be written is an event, no end of the run."
+    for words in refresh_index(run.home):
+        run.events.emit("warning", message=f"the list of runs is not up to date: {words}")
+
+
 def _pause(run: Run, phase: Phase) -> Ended:
     "Note a run that was asked to stop after a phase."
     sweep(run)
     ended = Ended(run, "partial", "", f"Done up to {phase.name}, as asked; no verdict yet")
     render_front(ended)
     _note_end(ended)
+    _list_runs(run)
     return ended
 
 
@@ -705,6 +716,7 @@ def _finish(run: Run) -> Ended:
     ended = verdict_of(run)
     render_front(ended)
     _note_end(ended)
+    _list_runs(run)
     return ended
 
 # %% ../../nbs/9_ops/93_orchestrator.ipynb #cd0f9332
@@ -716,11 +728,13 @@ def _write_partial(ended: Ended, phase: Phase, trace: str) -> None:
     stood = {p.name: held[p.name].status for p in PHASES if p.name in held}
     trace = trace or traceback_of(run.folder / f"{phase.name}.ipynb")
     stood[phase.name] = ended.status
-    facts, text = partial_briefing(run.run_id, stood, ended.message, trace)
+    facts, text = partial_briefing(run, stood, ended.message, trace)
     write_atomic(run.folder / "promotion_briefing.json", json_bytes(facts, pretty=True))
     write_atomic(run.folder / "promotion_briefing.md", text.encode())
     heading = Heading("Partial briefing", ended.status, (run.run_id,), {"all phases": "index.html"})
-    write_page(run.pages / "briefing.html", frame_page(heading, prose(text)))
+    told = "\n".join(section_text(s) for s in facts["sections"])
+    body = briefing_top(facts) + prose(told) + f"<pre>{html.escape(trace)}</pre>"
+    write_page(run.pages / "briefing.html", frame_page(heading, body))
 
 # %% ../../nbs/9_ops/93_orchestrator.ipynb #a2408335
 def _stop(ended: Ended, phase: Phase, trace: str) -> Ended:  # with what could not be written
@@ -732,6 +746,7 @@ def _stop(ended: Ended, phase: Phase, trace: str) -> Ended:  # with what could n
         lambda: _write_partial(ended, phase, trace),
         lambda: render_phase(run, phase, ended.status, None),
         lambda: render_front(ended),
+        lambda: _list_runs(run),
     )
     for step in steps:
         try:
@@ -853,6 +868,7 @@ def render_front(ended: Ended) -> Path:  # index.html
     )
     named = ("briefing", "accuracy", "optimization")
     links = {n: f"{n}.html" for n in named if (run.pages / f"{n}.html").is_file()}
+    links["all runs"] = "../index.html"
     reasons = list(ended.reasons)
     body = front_body(ended.message, reasons, _phase_rows(run), notes)
     heading = Heading(f"Run {run.run_id}", ended.verdict or ended.status, (run.run_id,), links)
@@ -868,4 +884,6 @@ def render_again(run: Run) -> Path:  # index.html
             render_phase(run, phase, held[phase.name].status, held[phase.name].duration_seconds)
     stopped = Ended(run, record.status, "", record.message or "No verdict yet")
     ended = verdict_of(run) if record.status == "success" else stopped
-    return render_front(ended)
+    front = render_front(ended)
+    _list_runs(run)
+    return front
