@@ -14,6 +14,7 @@ from .calibrate_cli import calibrate
 from .candidates_cli import candidates, keys
 from .cli import app
 from .collect_cli import books, sentiment
+from .compare_cli import compare
 from .data_cli import data
 from .judge_cli import backtest
 from .optimize_cli import optimize
@@ -38,6 +39,7 @@ app.command()(audit)
 app.command()(validate)
 app.command()(schedule)
 app.command()(retrain)
+app.command()(compare)
 app.command()(devices)
 app.command()(export)
 app.command()(verify)
