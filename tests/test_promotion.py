@@ -1021,7 +1021,29 @@ def test_from_the_first_look_to_approved(say, house):
     assert [r["signatures"][0]["name"] for r in shown["roles"]] == ["Asha", "Bala"]
     assert [h["to"] for h in shown["history"]] == ["candidate", "ready-for-review", "approved"]
     assert (shown["register"], shown["changed_files"]) == ("intact", [])
+    assert (shown["approved_for"], shown["why_not"]) == (["staging"], "")
+    file = approvals_folder(home, RUN) / "risk-manager.json"
+    file.write_bytes(file.read_bytes()[:-1])
+    told = say("candidates", "show", RUN)
+    assert "Approved not yet: an approval must be as it was written" in told
+    file.write_bytes(file.read_bytes() + b"\n")
     assert len(check_approvals(home, RUN, "staging")) == 2
+
+
+def test_what_is_staged_is_signed_for_production_next(say, house):
+    home, who = house
+    run = make_candidate(home, 1, simulated=False)
+    sign_all(run, *who[:2], environments=["staging"])
+    register(home).move(run.run_id, "staged", by="release", why="x")
+    told = say("candidates", "show", run.run_id)
+    assert (
+        f"approve {run.run_id} --role 'Engineering Lead' --key NAME --environment production"
+        in told
+    )
+    sign_all(run, *who[:2])
+    assert f"release deploy {run.run_id} --environment production" in say(
+        "candidates", "show", "latest"
+    )
 
 
 def test_another_word_than_approve_signs_nothing(say, house):

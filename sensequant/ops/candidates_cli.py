@@ -233,12 +233,41 @@ _NEXT = {
 
 def _next(told: dict[str, Any]) -> str:
     "The command that takes the candidate on."
-    lack = [r["role"] for r in told["roles"] if "staging" not in r["environments"]]
-    if told["status"] == "ready-for-review" and lack:
-        return f"sensequant candidates approve {told['run_id']} --role '{lack[0]}' --key NAME"
-    if told["status"] == "staged" and told["environments"] == ["staging"]:
+    status, allowed = told["status"], told["environments"]
+    asked = "production" if status == "staged" else "staging"
+    lack = [r["role"] for r in told["roles"] if asked not in r["environments"]]
+    if lack and (status == "ready-for-review" or (status == "staged" and asked in allowed)):
+        more = f" --environment {asked}" if asked == "production" else ""
+        return f"sensequant candidates approve {told['run_id']} --role '{lack[0]}' --key NAME{more}"
+    if status == "staged" and asked not in allowed:
         return "sensequant release status"
-    return _NEXT[told["status"]].format(**told)
+    return _NEXT[status].format(**told)
+
+
+def _roles_of(case: Any) -> list[dict[str, Any]]:  # role, signatures, environments
+    "Who has signed in each role."
+    from sensequant.govern.approvals import role_slug
+
+    rows, found = case.register.rows("approval", case.run.run_id), []
+    for role in case.roles:
+        mine = [r for r in rows if role_slug(r["role"]) == role_slug(role)]
+        places = [e for r in mine for e in r["environments"]]
+        found.append({"role": role, "signatures": mine, "environments": places})
+    return found
+
+
+def _approved_for(case: Any) -> tuple[list[str], str]:  # environments; what is wrong otherwise
+    "Where the candidate may go now, every signature verified again."
+    from sensequant.govern.promotion import check_approvals
+
+    good, why = [], ""
+    for environment in case.manifest["approvals"]["environments"]:
+        try:
+            check_approvals(case.run.home, case.run.run_id, environment)
+            good.append(environment)
+        except (GateError, DataError) as error:
+            why = why or str(error)
+    return good, why
 
 
 def describe_candidate(
@@ -246,29 +275,23 @@ def describe_candidate(
     run_id: str,
 ) -> dict[str, Any]:
     "A candidate as it stands: verdict, signatures, history, and the next command."
-    from sensequant.govern.approvals import role_slug
     from sensequant.govern.promotion import changed_files, open_case
 
     case = open_case(settings.home, run_id)
-    gate, register = case.manifest["gate"], case.register
-    proof, rows = register.verify(), register.rows("approval", run_id)
-    roles = [
-        {"role": r, "signatures": [s for s in rows if role_slug(s["role"]) == role_slug(r)]}
-        for r in case.roles
-    ]
-    for role in roles:
-        role["environments"] = [e for s in role["signatures"] for e in s["environments"]]
-    automatic = next((r["why"] for r in rows if r["role"] == "auto"), "")
-    names = ("n", "at", "from", "to", "by", "why")
-    history = [{k: r.get(k) for k in names} for r in register.rows("state", run_id)]
-    told = {"run_id": run_id, "release_id": case.release_id, "status": case.status}
-    told |= {"simulated": case.manifest["simulated"], "release_type": case.manifest["release_type"]}
-    told |= {"verdict": gate.get("headline", ""), "reasons": gate.get("reasons", [])}
-    told |= {"environments": case.manifest["approvals"]["environments"]}
-    told |= {"risk_flags": case.manifest["audit"]["risk_flags"], "automatic": automatic}
+    manifest, gate, register = case.manifest, case.manifest["gate"], case.register
+    approved, why_not = _approved_for(case)
+    names, rows = ("n", "at", "from", "to", "by", "why"), register.rows("state", run_id)
+    alone = [r["why"] for r in register.rows("approval", run_id) if r["role"] == "auto"]
+    told: dict[str, Any] = {"run_id": run_id, "release_id": case.release_id}
+    told |= {k: manifest[k] for k in ("simulated", "release_type")}
+    told |= {"status": case.status, "verdict": gate.get("headline", "")}
+    told |= {"reasons": gate.get("reasons", []), "risk_flags": manifest["audit"]["risk_flags"]}
+    told |= {"environments": manifest["approvals"]["environments"], "automatic": alone[-1:]}
     told |= {"manifest_sha256": case.manifest_sha256, "changed_files": changed_files(case)}
-    told |= {"register": "intact" if proof.intact else proof.wrong, "roles": roles}
-    return told | {"history": history, "next": _next(told | {"roles": roles})}
+    told |= {"register": register.verify().wrong or "intact", "roles": _roles_of(case)}
+    told |= {"approved_for": approved, "why_not": why_not}
+    told |= {"history": [{k: r.get(k) for k in names} for r in rows]}
+    return told | {"next": _next(told)}
 
 # %% ../../nbs/9_ops/914_candidates_cli.ipynb #4f730e10
 def _signed(role: dict[str, Any]) -> str:
@@ -295,8 +318,9 @@ def _lines(told: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Risks", ", ".join(told["risk_flags"]) or "none flagged"
     for role in told["roles"]:
         yield role["role"], _signed(role)
-    if told["automatic"]:
-        yield "Automatic", told["automatic"]
+    for why in told["automatic"]:
+        yield "Automatic", why
+    yield "Approved", " and ".join(told["approved_for"]) or f"not yet: {told['why_not']}"
 
 
 @candidates.command("show")
