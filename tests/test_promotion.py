@@ -365,6 +365,13 @@ except GateError as error:
 """
 
 
+def test_the_user_who_enrols_is_the_systems_not_the_environments(house, tmp_path, monkeypatch):
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "the board")
+    enrol_key(house[0], "Dinesh", PHRASE, tmp_path / "keys")
+    assert register(house[0]).rows("key")[-1]["by"] not in ("the board", "")
+
+
 def test_two_machines_enrol_one_key_of_a_name(house, tmp_path):
     home, _ = house
     own = [tmp_path / f"keys {k}" for k in range(2)]

@@ -5,15 +5,16 @@ only grows."""
 
 # %% auto #0
 __all__ = ['ARROWS', 'STATES', 'RESTORED_BY', 'SIGNABLE', 'APPROVED', 'refuse_move', 'register_path', 'signed_roles',
-           'complete_for', 'Register', 'approvals_lock', 'enrol_key', 'known_key', 'find_run', 'nominate', 'Case',
-           'roles_to_sign', 'open_case', 'adopt', 'changed_files', 'require_files', 'passed_verdict',
+           'complete_for', 'Register', 'approvals_lock', 'user_name', 'enrol_key', 'known_key', 'find_run', 'nominate',
+           'Case', 'roles_to_sign', 'open_case', 'adopt', 'changed_files', 'require_files', 'passed_verdict',
            'allowed_environments', 'find_role', 'approval_files', 'check_signable', 'approve', 'holdout_t',
            'check_approvals', 'reject', 'auto_approve', 'get_candidate_runs', 'get_latest_candidate_run']
 
 # %% ../../nbs/7_govern/74_promotion.ipynb #a2fc3f01
-import getpass
 import hashlib
 import json
+import os
+import pwd
 import re
 import sqlite3
 from collections.abc import Iterable, Sequence
@@ -378,6 +379,14 @@ def approvals_lock(
     return register_path(home).with_name("approvals.lock")
 
 
+def user_name() -> str:
+    "Whose process this is, as the system knows it, whatever the environment says."
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return f"user {os.getuid()}"
+
+
 def enrol_key(
     home: Path,  # folder that holds data
     name: str,  # of the person
@@ -397,7 +406,7 @@ def enrol_key(
             write_public(home, key)
         else:
             key = new_key(name, passphrase, keys_dir, home)
-        register.enrol(key, getpass.getuser())
+        register.enrol(key, user_name())
     return key, there
 
 # %% ../../nbs/7_govern/74_promotion.ipynb #289ee351

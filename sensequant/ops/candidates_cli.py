@@ -7,7 +7,6 @@ __all__ = ['VARIABLE', 'keys', 'candidates', 'make_key', 'key_rows', 'list_keys'
            'describe_candidate', 'show_candidate', 'approve_candidate', 'reject_candidate']
 
 # %% ../../nbs/9_ops/914_candidates_cli.ipynb #8f4fdfde
-import getpass
 import json
 import os
 import sys
@@ -404,7 +403,7 @@ def reject_candidate(
     yes: Annotated[bool, typer.Option("--yes", help="do not ask for the word reject")] = False,
 ) -> None:
     "Reject a candidate for good, before it is deployed."
-    from sensequant.govern.promotion import reject
+    from sensequant.govern.promotion import reject, user_name
 
     with _refusals():
         settings = load_settings()
@@ -412,5 +411,5 @@ def reject_candidate(
         if not yes and typer.prompt(f"Type reject to reject {run_id} for good").strip() != "reject":
             say("nothing was rejected")
             raise typer.Exit(MISSED)
-        reject(settings.home, run_id, by or getpass.getuser(), why)
+        reject(settings.home, run_id, by or user_name(), why)
         say(f"Rejected   {run_id}: {why}\nNext       {_NEXT['rejected']}")
