@@ -4477,6 +4477,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'sensequant/ops/candidates_cli.py'),
                                                'sensequant.ops.candidates_cli._lines': ( '9_ops/candidates_cli.html#_lines',
                                                                                          'sensequant/ops/candidates_cli.py'),
+                                               'sensequant.ops.candidates_cli._minute': ( '9_ops/candidates_cli.html#_minute',
+                                                                                          'sensequant/ops/candidates_cli.py'),
                                                'sensequant.ops.candidates_cli._next': ( '9_ops/candidates_cli.html#_next',
                                                                                         'sensequant/ops/candidates_cli.py'),
                                                'sensequant.ops.candidates_cli._passphrase': ( '9_ops/candidates_cli.html#_passphrase',

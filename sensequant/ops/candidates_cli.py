@@ -62,6 +62,11 @@ def _print(table: Table) -> None:
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 # %% ../../nbs/9_ops/914_candidates_cli.ipynb #cc86d11a
+def _minute(moment: str) -> str:  # ISO
+    "A moment for a person."
+    return moment[:16].replace("T", " ")
+
+
 def _passphrase(
     context: typer.Context,
     twice: bool,  # for a new key
@@ -148,7 +153,7 @@ def list_keys(as_json: _JSON = False) -> None:
             "name", "fingerprint", "enrolled (IST)", "by", "private here", "pinned", "counts"
         )
         for r in rows:
-            about = (r["name"], r["fingerprint"], r["enrolled_at"][:16], r["enrolled_by"])
+            about = (r["name"], r["fingerprint"], _minute(r["enrolled_at"]), r["enrolled_by"])
             table.add_row(*about, *(_yes(r[k]) for k in ("private_here", "pinned", "counts")))
         _print(table)
         for r in rows:
@@ -214,7 +219,7 @@ def list_candidates(
             stats, kind = r["statistical_tests"], "simulated" if r["simulated"] else "real"
             ic = (stats.get("rank_ic") or {}).get("mean")
             shown = "" if ic is None else f"{ic:+.4f}"
-            about = (r["run_id"], r["timestamp"][:16], kind, r["status"])
+            about = (r["run_id"], _minute(r["timestamp"]), kind, r["status"])
             table.add_row(*about, str(stats.get("n_sessions", "")), shown)
         _print(table)
 
@@ -265,7 +270,7 @@ def _approved_for(case: Any) -> tuple[list[str], str]:  # environments; what is 
             check_approvals(case.run.home, case.run.run_id, environment)
             good.append(environment)
         except (GateError, DataError) as error:
-            why = why or str(error)
+            why = why or f"{error.must}; found {error.found}"
     return good, why
 
 # %% ../../nbs/9_ops/914_candidates_cli.ipynb #3fa58963
@@ -296,7 +301,7 @@ def describe_candidate(
 def _signed(role: dict[str, Any]) -> str:
     "Who signed in a role, in words."
     words = [
-        f"{s['name']}, {' and '.join(s['environments'])}, {s['at'][:16]}"
+        f"{s['name']}, {' and '.join(s['environments'])}, {_minute(s['at'])}"
         for s in role["signatures"]
     ]
     return "; ".join(words) or "missing"
@@ -336,7 +341,7 @@ def show_candidate(run: _RUN, as_json: _JSON = False) -> None:
             say(f"{label:<{width}}  {words}")
         table = Table("when (IST)", "step", "by", "why")
         for row in told["history"]:
-            table.add_row(row["at"][:16], row["to"], row["by"], row["why"])
+            table.add_row(_minute(row["at"]), row["to"], row["by"], row["why"])
         _print(table)
         say(f"{'Next':<{width}}  {told['next']}")
 
