@@ -183,7 +183,7 @@ def write_public(
     write_atomic(path, json_bytes(key, pretty=True))
     return path
 
-
+# %% ../../nbs/7_govern/73_approvals.ipynb #75c10bbc
 def new_key(
     name: str,  # of the person
     passphrase: str,  # 8 characters or more
@@ -250,7 +250,7 @@ def _read_secret(path: Path) -> bytes:
 
 _BEGIN, _END = b"-----BEGIN ENCRYPTED PRIVATE KEY-----", b"-----END ENCRYPTED PRIVATE KEY-----"
 
-
+# %% ../../nbs/7_govern/73_approvals.ipynb #2e0e0621
 def load_private(
     name: str,  # of the person
     passphrase: str,
@@ -295,7 +295,7 @@ class Approval:
     register: Head = field(default_factory=Head)  # where the register ended when it was signed
     signature: str = ""  # 128 hex digits
 
-
+# %% ../../nbs/7_govern/73_approvals.ipynb #bb23544e
 def _plain(approval: Approval) -> dict[str, Any]:
     "An approval as its file shows it."
     head = {"count": approval.register.count, "hash": approval.register.hash}

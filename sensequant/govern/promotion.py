@@ -5,15 +5,16 @@ only grows."""
 
 # %% auto #0
 __all__ = ['ARROWS', 'STATES', 'RESTORED_BY', 'SIGNABLE', 'APPROVED', 'refuse_move', 'register_path', 'signed_roles',
-           'complete_for', 'Register', 'enrol_key', 'known_key', 'find_run', 'nominate', 'Case', 'roles_to_sign',
-           'open_case', 'adopt', 'changed_files', 'require_files', 'passed_verdict', 'allowed_environments',
-           'find_role', 'approval_files', 'approvals_lock', 'check_signable', 'approve', 'holdout_t', 'check_approvals',
-           'reject', 'auto_approve', 'get_candidate_runs', 'get_latest_candidate_run']
+           'complete_for', 'Register', 'approvals_lock', 'user_name', 'enrol_key', 'known_key', 'find_run', 'nominate',
+           'Case', 'roles_to_sign', 'open_case', 'adopt', 'changed_files', 'require_files', 'passed_verdict',
+           'allowed_environments', 'find_role', 'approval_files', 'check_signable', 'approve', 'holdout_t',
+           'check_approvals', 'reject', 'auto_approve', 'get_candidate_runs', 'get_latest_candidate_run']
 
 # %% ../../nbs/7_govern/74_promotion.ipynb #a2fc3f01
-import getpass
 import hashlib
 import json
+import os
+import pwd
 import re
 import sqlite3
 from collections.abc import Iterable, Sequence
@@ -371,6 +372,21 @@ class Register(_Checked):
             return _manifest(c, run_id)
 
 # %% ../../nbs/7_govern/74_promotion.ipynb #8d68608f
+def approvals_lock(
+    home: Path,  # folder that holds data
+) -> Path:
+    "Held by whoever enrols, approves or rejects, so that they take turns."
+    return register_path(home).with_name("approvals.lock")
+
+
+def user_name() -> str:
+    "Whose process this is, as the system knows it, whatever the environment says."
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return f"user {os.getuid()}"
+
+
 def enrol_key(
     home: Path,  # folder that holds data
     name: str,  # of the person
@@ -379,17 +395,18 @@ def enrol_key(
 ) -> tuple[PublicKey, bool]:  # whether the private part was there already
     "Make a key and enrol it, or enrol the one that the person has."
     register, there = Register(register_path(home)), private_path(keys_dir, name).exists()
-    held = [r for r in register.rows("key") if same_name(r["name"], name)]
-    if held and public_path(home, held[0]["name"]).exists():
-        must, where = "a name has one key", public_path(home, held[0]["name"])
-        raise GateError(must, f"{name} again", where, "Take another name for another key")
-    register.require_now()
-    if there:
-        key = load_private(name, passphrase, keys_dir).public
-        write_public(home, key)
-    else:
-        key = new_key(name, passphrase, keys_dir, home)
-    register.enrol(key, getpass.getuser())
+    with locked(approvals_lock(home), 60.0):
+        held = [r for r in register.rows("key") if same_name(r["name"], name)]
+        if held and public_path(home, held[0]["name"]).exists():
+            must, where = "a name has one key", public_path(home, held[0]["name"])
+            raise GateError(must, f"{name} again", where, "Take another name for another key")
+        register.require_now()
+        if there:
+            key = load_private(name, passphrase, keys_dir).public
+            write_public(home, key)
+        else:
+            key = new_key(name, passphrase, keys_dir, home)
+        register.enrol(key, user_name())
     return key, there
 
 # %% ../../nbs/7_govern/74_promotion.ipynb #289ee351
@@ -538,7 +555,7 @@ def _judged_manifest(run: Run, known: dict[str, str]) -> tuple[dict[str, Any], s
         raise GateError("a manifest must be of its run", manifest["run_id"], path)
     return manifest, found
 
-
+# %% ../../nbs/7_govern/74_promotion.ipynb #561a56d8
 def open_case(
     home: Path,  # folder that holds data and runs
     run_id: str,
@@ -561,7 +578,7 @@ def open_case(
     status = str(register.state(run_id))
     return Case(run, status, manifest, sha256, roles, settings, register)
 
-
+# %% ../../nbs/7_govern/74_promotion.ipynb #4773bc40
 def adopt(run: Run, candidate: CandidateRecord, register: Register) -> None:
     "Take a run that was judged before the register was kept into it."
     if register.state(run.run_id) is None:
@@ -606,7 +623,7 @@ def passed_verdict(
         raise GateError("the gate must have passed", verdict.get("headline"), case.run.run_id)
     return verdict
 
-
+# %% ../../nbs/7_govern/74_promotion.ipynb #cfdb2ffd
 def allowed_environments(
     case: Case,
     asked: Sequence[str] | None = None,  # None for all that are allowed
@@ -630,7 +647,7 @@ def allowed_environments(
         raise GateError(must, found, case.run.run_id, fix)
     return tuple(dict.fromkeys(asked)) if asked else tuple(allowed)
 
-
+# %% ../../nbs/7_govern/74_promotion.ipynb #e8546ca0
 def find_role(
     case: Case,
     role: str,  # in any case
@@ -661,7 +678,7 @@ def _require_signable(case: Case) -> None:
         fix = _STATUS_FIX.get(case.status)
         raise GateError("only what is ready-for-review is approved", held, case.run.run_id, fix)
 
-
+# %% ../../nbs/7_govern/74_promotion.ipynb #05d85f95
 def approval_files(
     home: Path,  # folder that holds data
     run_id: str,
@@ -685,7 +702,7 @@ def _one_person(asked: Approval, others: Iterable[dict[str, Any]]) -> None:
         if same and not mine:
             raise GateError("a role is signed by one person", f"signed by {row['name']}", where)
 
-# %% ../../nbs/7_govern/74_promotion.ipynb #05d85f95
+# %% ../../nbs/7_govern/74_promotion.ipynb #6bc04e34
 def _place(case: Case, asked: Approval, rows: Sequence[dict[str, Any]]) -> Path:
     "File of a new signature: the role's own, or one beside it for an environment added later."
     slug = role_slug(asked.role)
@@ -708,7 +725,7 @@ def _left_behind(path: Path, asked: Approval, key: PublicKey) -> Approval | None
     alike = replace(alike, name=key.name, fingerprint=key.fingerprint, signature=held.signature)
     return held if alike == held else None
 
-
+# %% ../../nbs/7_govern/74_promotion.ipynb #5d15b31a
 def _tell_state(case: Case, approval: Approval) -> None:
     "Tell the state of a signature, unless it knows."
     with case.run.state as state:
@@ -750,13 +767,6 @@ def _give(case: Case, asked: Approval, private: PrivateKey, now: datetime | None
     return given
 
 # %% ../../nbs/7_govern/74_promotion.ipynb #f6f30eb8
-def approvals_lock(
-    home: Path,  # folder that holds data
-) -> Path:
-    "Held by whoever approves or rejects, so that they take turns."
-    return register_path(home).with_name("approvals.lock")
-
-
 def check_signable(
     home: Path,  # folder that holds data and runs
     run_id: str,
@@ -771,7 +781,7 @@ def check_signable(
     case.register.require_whole(heads)
     return case, find_role(case, role), allowed_environments(case, environments)
 
-
+# %% ../../nbs/7_govern/74_promotion.ipynb #e1a33a5d
 def approve(
     home: Path,  # folder that holds data and runs
     run_id: str,
@@ -806,7 +816,7 @@ def _how_to_sign(run_id: str, role: str, environment: str) -> str:
     words = f"approve {run_id} --role '{role}' --key NAME --environment {environment}"
     return f"`sensequant candidates {words}`"
 
-
+# %% ../../nbs/7_govern/74_promotion.ipynb #df475f0f
 def _require_approved(case: Case) -> None:
     "Refuse a candidate that was not approved, or is so no more."
     if case.status in APPROVED:
@@ -821,7 +831,7 @@ def _require_approved(case: Case) -> None:
         fix = _how_to_sign(case.run.run_id, lack[0], "staging")
     raise GateError("a candidate must be approved", found, case.run.run_id, fix)
 
-
+# %% ../../nbs/7_govern/74_promotion.ipynb #71d26311
 def _signed(case: Case, row: dict[str, Any], environment: str) -> Approval:
     "One signature, verified from its file."
     path = case.run.home / row["file"]
@@ -971,7 +981,7 @@ def _facts_of(run: Run, candidate: CandidateRecord, status: str) -> dict[str, An
     sha256 = {"manifest_sha256": candidate.manifest_sha256}
     return found | about | {"artifacts": places} | more | sha256
 
-
+# %% ../../nbs/7_govern/74_promotion.ipynb #d6545dda
 def get_candidate_runs(
     status: str | None = None,  # one of STATES, or not-proposed; None for all
     home: Path | None = None,  # None takes the one in the settings
@@ -993,7 +1003,7 @@ def get_candidate_runs(
     wanted = alike.get(status or "", (status,))
     return [_facts_of(Run(c.run_id, home), c, s) for c, s in told if status is None or s in wanted]
 
-
+# %% ../../nbs/7_govern/74_promotion.ipynb #4d226e5f
 def get_latest_candidate_run(
     home: Path | None = None,  # None takes the one in the settings
 ) -> dict[str, Any] | None:  # None when there is none
