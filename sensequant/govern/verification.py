@@ -230,16 +230,19 @@ def _named(case: _Case) -> list[Finding]:
     "Every file that the manifest names has its hash there."
     if case.manifest is None:
         return []
-    faults, signed = {}, case.manifest["files"]
+    faults, signed, blamed = {}, case.manifest["files"], []
     for path, held in signed.items():
         found, noted = case.sha256(path), case.index.get(path)
         if found != held["sha256"]:
             faults[path] = f"{found or 'no such file'}, and {held['sha256']} in {MANIFEST}"
         elif noted is None or noted.sha256 != found:
-            faults[RECORD] = f"{path} is as it was signed, and the record says otherwise"
+            blamed.append(path)
     for path in case.index.keys() - signed.keys():
         if not _later(path):
             faults[path] = f"on record, and not in {MANIFEST}"
+    if blamed:
+        more = f" (and {len(blamed) - 1:,} others)" if len(blamed) > 1 else ""
+        faults[RECORD] = f"{blamed[0]}{more} is as it was signed, and the record says otherwise"
     must = "every file must be the one that was signed"
     return _rows("signed", must, faults, f"{len(signed):,} files as they were signed")
 
