@@ -22,7 +22,7 @@ from sensequant.core.types import Interval
 from sensequant.data.feeds import SimulatedFeed
 from sensequant.data.runs import Run, actions_file, pinned_bars, read_inputs
 from sensequant.govern import verification
-from sensequant.govern.manifest import MANIFEST, read_manifest
+from sensequant.govern.manifest import MANIFEST, code_version, read_manifest
 from sensequant.govern.promotion import nominate
 from sensequant.govern.reproduction import GOOD, compare_runs_files, reproduce_run
 from sensequant.govern.verification import verify_run
@@ -140,6 +140,20 @@ def test_a_changed_byte_of_any_page_is_named(own_run):
     wrong = {f.where: f.found for f in verification._pages(case) if not f.passed}
     assert wrong.pop(f"reports/{own_run.run_id}/2_teacher.html") == "no such file"
     assert set(wrong) <= {f"reports/{own_run.run_id}/index.html"}  # which links it now
+
+
+def test_pages_of_another_version_must_say_the_same(own_run, monkeypatch):
+    "A later version may frame a page otherwise; what it says is the run's."
+    other = code_version() | {"commit": "ab" * 20}
+    monkeypatch.setattr(verification, "code_version", lambda: other)
+    case, path = verification._Case(own_run), own_run.pages / "4_validate.html"
+    held = path.read_text()
+    path.write_text(held.replace("max-width:60rem", "max-width:70rem"))
+    assert all(f.passed for f in verification._pages(case)) and path.read_text() != held
+    path.write_text(held.replace(">OK<", ">FAILED<", 1))
+    (wrong,) = [f.where for f in verification._pages(case) if not f.passed]
+    assert wrong == f"reports/{own_run.run_id}/4_validate.html"
+    assert any("ab" * 20 in note for note in verify_run(own_run, deep=False).notes)
 
 
 def test_a_changed_byte_of_keys_and_signatures_is_named(own_run):
