@@ -1038,7 +1038,7 @@ def say(house, made, monkeypatch):
     monkeypatch.setenv("SENSEQUANT_KEYS_DIR", str(made / "keys"))
 
     def run(*words, code=0, typed=None, phrase=PHRASE):
-        env = {"SENSEQUANT_KEY_PASSPHRASE": phrase} if phrase else {}
+        env = {"SIGNING_PASSPHRASE": phrase} if phrase else {}
         done = CliRunner().invoke(app, [*map(str, words)], input=typed, env=env)
         assert done.exit_code == code, done.output
         return " ".join(done.output.split())
@@ -1191,7 +1191,7 @@ def test_a_key_in_the_clone_or_with_a_short_passphrase_is_not_made(
     monkeypatch.setenv("SENSEQUANT_KEYS_DIR", str(tmp_path / "own"))
     for phrase in ("", "short"):
         done = CliRunner().invoke(
-            app, ["keys", "new", "Dinesh"], env={"SENSEQUANT_KEY_PASSPHRASE": phrase}
+            app, ["keys", "new", "Dinesh"], env={"SIGNING_PASSPHRASE": phrase}
         )
         assert done.exit_code == 3 and "8 characters" in done.output
     monkeypatch.setenv("SENSEQUANT_KEYS_DIR", str(house[0] / "data" / "own"))
@@ -1206,9 +1206,9 @@ from sensequant.ops.main import app
 try:
     app(["keys", "list"])
 except SystemExit as end:
-    print("held" if "SENSEQUANT_KEY_PASSPHRASE" in os.environ else "gone", end.code)
+    print("held" if "SIGNING_PASSPHRASE" in os.environ else "gone", end.code)
 """
-    env = os.environ | {"SENSEQUANT_KEY_PASSPHRASE": PHRASE, "SENSEQUANT_HOME": str(house[0])}
+    env = os.environ | {"SIGNING_PASSPHRASE": PHRASE, "SENSEQUANT_HOME": str(house[0])}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.stdout.split()[-2:] == ["gone", "0"], done
 

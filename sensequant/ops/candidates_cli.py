@@ -24,7 +24,7 @@ from ..core.settings import Settings, load_settings
 from .cli import FAILED, MISSED, _opt, refuse, say
 
 # %% ../../nbs/9_ops/914_candidates_cli.ipynb #604ab284
-VARIABLE = "SENSEQUANT_KEY_PASSPHRASE"
+VARIABLE = "SIGNING_PASSPHRASE"
 
 
 def _take(context: typer.Context) -> None:
