@@ -244,16 +244,18 @@ def once(campaign: Campaign) -> None:
     campaign.wrong += [f"{name}: {w}" for w in wrong]
 
 
-def campaign(kills: int, seed: int, folder: Path, tell=None) -> Campaign:
-    """So many kills, and what came of them."""
+def campaign(kills: int, seed: int, folder: Path, every: int = 0) -> Campaign:
+    """So many kills, and what came of them; told on the way every so many of them."""
     template = build_house(folder / "template")
     for number in range(1, RUNS + 1):
         template.run(number, START + timedelta(hours=7))
     seen = Campaign(template, folder, random.Random(seed))
     while seen.killed.total() < kills and not seen.wrong:
+        before = seen.killed.total()
         once(seen)
-        if tell and seen.killed.total() % 50 == 0:
-            tell(seen)
+        total = seen.killed.total()
+        if every and total > before and total % every == 0:
+            print(f"{total} kills, {len(seen.wrong)} faults", flush=True)
     return seen
 
 
@@ -265,7 +267,7 @@ def main() -> int:
     given, begun = parser.parse_args(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="campaign-") as name:
         os.environ["SENSEQUANT_ENV_FILE"], os.environ["SENSEQUANT_HOME"] = f"{name}/.env", name
-        seen = campaign(given.kills, given.seed, Path(name))
+        seen = campaign(given.kills, given.seed, Path(name), every=50)
     total = seen.killed.total()
     print(f"{total} kills in {time.monotonic() - begun:.0f} s, {seen.houses} houses")
     for step, n in sorted(seen.killed.items()):

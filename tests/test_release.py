@@ -595,6 +595,16 @@ def test_a_release_folder_that_is_a_link(live, tmp_path):
         r.active_release(live.home, "staging")
 
 
+def test_a_lock_that_is_a_link_overwrites_nothing(live, tmp_path):
+    lock = live.home / "data" / "models" / "deploy.lock"
+    lock.unlink()
+    (tmp_path / "precious").write_text("kept")
+    lock.symlink_to(tmp_path / "precious")
+    with pytest.raises(DataError, match=r"deploy\.lock"):
+        r.deploy(live.home, C, "staging", "Chitra", TUESDAY)
+    assert (tmp_path / "precious").read_text() == "kept"
+
+
 # Rollback
 
 

@@ -1,5 +1,4 @@
-"""The watch after a deployment: market hours over weekends, holidays and special sessions, and at the
-calendar's end."""
+"""The watch after a deployment: market hours over weekends, holidays and special sessions."""
 
 from datetime import datetime, timedelta
 

@@ -114,7 +114,7 @@ def _model_lines(models: dict[str, Any], at: datetime) -> list[str]:
         lines.append(f"  {symbol:<12} {_age(about['saw_until'], at)}{silent}")
     return lines + ([f"  and {len(held) - 12} newer ones"] if len(held) > 12 else [])
 
-
+# %% ../../nbs/9_ops/915_release_cli.ipynb #7dd32011
 def plan_lines(
     plan: Any,  # Deployment
 ) -> list[str]:
@@ -144,7 +144,7 @@ _PLACE = Annotated[str | None, _opt("staging or production", "--environment", "-
 _YES = Annotated[str | None, _opt("the release id, spelled out, instead of typing yes")]
 _BY = Annotated[str | None, _opt("who does it (default: the user of this machine)")]
 
-
+# %% ../../nbs/9_ops/915_release_cli.ipynb #dfe39dc3
 @release.command("deploy")
 def deploy_command(
     run_id: Annotated[str, typer.Argument(help="id of an approved run, or latest")] = "latest",
@@ -248,7 +248,7 @@ def full_status(
         places["staging"]["sessions_needed"] = load_settings().staging_sessions
     return found | {"environments": places}
 
-
+# %% ../../nbs/9_ops/915_release_cli.ipynb #704f858b
 def _status_lines(about: dict[str, Any], now: datetime) -> list[str]:
     "An environment in words."
     name = about["environment"]
@@ -269,7 +269,7 @@ def _status_lines(about: dict[str, Any], now: datetime) -> list[str]:
     lines += ["Intact      yes" if about["intact"] else f"WRONG       {about['wrong']}"]
     return [lines[0], *(f"  {line}" for line in lines[1:])]
 
-
+# %% ../../nbs/9_ops/915_release_cli.ipynb #6681d3e1
 @release.command("status")
 def status_command(
     as_json: Annotated[bool, _opt("for a script", "--json")] = False,
@@ -313,7 +313,7 @@ def manifest_faults(
             wrong += [] if found == about["sha256"] else [f"{path} has changed"]
     return sorted(wrong)
 
-
+# %% ../../nbs/9_ops/915_release_cli.ipynb #079c8746
 def _manifest_lines(manifest: dict[str, Any], sha256: str) -> list[str]:
     "The fields of a manifest that a person asks for."
     groups, plan = manifest["artifacts"], manifest["rollback_plan"]
@@ -340,7 +340,7 @@ def _manifest_lines(manifest: dict[str, Any], sha256: str) -> list[str]:
 _GROUPS = ("configs", "models", "notebooks", "search_space")
 _RUN = Annotated[str, typer.Argument(help="id of a run, or latest")]
 
-
+# %% ../../nbs/9_ops/915_release_cli.ipynb #9d05e462
 @release.command("manifest")
 def manifest_command(run_id: _RUN = "latest") -> None:
     """What a run's manifest says, its hash, and whether the run still is what it names.
@@ -368,7 +368,7 @@ def manifest_command(run_id: _RUN = "latest") -> None:
             raise DataError("every file must be as the manifest names it", found, run.folder)
         say(f"Whole       yes, all {len(manifest['files'])} files")
 
-
+# %% ../../nbs/9_ops/915_release_cli.ipynb #948efbe5
 @release.command("validate")
 def validate_command(
     run_id: _RUN = "latest",
@@ -393,7 +393,7 @@ def validate_command(
     say(f"{run.run_id}: {'whole' if seen.whole else 'NOT WHOLE'}, {count}")
     raise typer.Exit(FINISHED if seen.whole else FAILED)
 
-
+# %% ../../nbs/9_ops/915_release_cli.ipynb #5bbf646a
 @release.command("audit")
 def audit_command(environment: _PLACE = None) -> None:
     """Write an audit bundle of what is deployed, from the release and its telemetry alone.
@@ -413,9 +413,7 @@ def audit_command(environment: _PLACE = None) -> None:
             )
             must = f"something must be deployed in {' or '.join(asked)} to be audited"
             raise GateError(must, "nothing", home / "data" / "models", fix)
-        from sensequant.govern.deployed_audit import (
-            audit_deployed,
-        )  # its plots take seconds to load
+        from sensequant.govern.deployed_audit import audit_deployed  # its plots take seconds
 
         for place in active:
             say(f"{place:<12}{audit_deployed(home, place)}")
