@@ -582,7 +582,8 @@ def manifest_evidence(
     "What a manifest says of the audit."
     flags, ready = audit["metrics"]["risk_flags"], audit["metrics"]["deployment_ready"]
     told = {"whole": audit["whole"], "risk_flags": [f["name"] for f in flags]}
-    return {"audit": told | {"deployment_ready": ready}}
+    places = audit["metrics"]["environments_ready"]
+    return {"audit": told | {"deployment_ready": ready, "environments": places}}
 
 
 def replaced_release(

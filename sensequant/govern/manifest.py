@@ -27,6 +27,7 @@ from ..core.artifacts import Artifact, sha256_file
 from ..core.errors import DataError, GateError, SettingsError
 from ..core.events import json_ready
 from ..core.settings import project_root
+from ..core.state import ENVIRONMENTS
 from ..core.types import IST
 from ..data.runs import Run, holdout_view, read_inputs
 from ..learn.models import STUDENT_FILE
@@ -303,13 +304,14 @@ def _told(run: Run, evidence: Mapping[str, Any]) -> dict[str, Any]:
 
 def build_manifest(
     run: Run,
-    evidence: Mapping[str, Any],  # audit: whole, risk_flags, deployment_ready; others replace
+    evidence: Mapping[str, Any],  # audit: whole, risk_flags, deployment_ready, environments; …
     previous: Mapping[str, Any] | None = None,  # release_id, manifest_sha256 of the active release
 ) -> dict[str, Any]:  # JSON-ready, keys in order
     "Everything a person signs for, with the hash of every file on record."
     inputs, index = read_inputs(run), run.artifacts.index()
     config, told = run.artifacts.read_json("config.json"), _told(run, evidence)
-    places = told["gate"].get("environments") or []
+    ready = told["audit"].get("environments", ENVIRONMENTS)
+    places = [e for e in told["gate"].get("environments") or [] if e in ready]
     files = {p: {"sha256": a.sha256, "size": a.size} for p, a in sorted(index.items())}
     manifest = {
         "release_id": release_id_of(run.run_id),

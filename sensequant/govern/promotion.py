@@ -642,8 +642,10 @@ def allowed_environments(
             fix = f"Did you mean {near[0]}?" if near else None
             raise GateError(must, environment, case.run.run_id, fix)
         found = "simulated bars" if simulated else f"{', '.join(allowed) or 'nothing'} allowed"
-        fix = "Approve it for staging, or train on real bars" if simulated else None
-        must = f"the gate must allow {environment}"
+        flags = ", ".join(case.manifest["audit"]["risk_flags"])
+        fix = f"The audit's risk flags: {flags}; see `sensequant audit`" if flags else None
+        fix = "Approve it for staging, or train on real bars" if simulated else fix
+        must = f"the gate and the audit must allow {environment}"
         raise GateError(must, found, case.run.run_id, fix)
     return tuple(dict.fromkeys(asked)) if asked else tuple(allowed)
 

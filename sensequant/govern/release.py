@@ -570,8 +570,10 @@ def _require_place(asked: _Asked, manifest: Mapping[str, Any]) -> None:
     gate, signed = manifest["gate"], manifest["approvals"]["environments"]
     allowed = [e for e in gate.get("environments", ()) if gate.get("passed") and e in signed]
     if asked.environment not in allowed:
-        must = f"the gate's verdict must allow {asked.environment}"
-        raise GateError(must, ", ".join(allowed) or "nowhere", asked.where)
+        flags = ", ".join(manifest["audit"]["risk_flags"])
+        fix = f"The audit's risk flags: {flags}; see `sensequant audit`" if flags else None
+        must = f"the gate's verdict and the audit must allow {asked.environment}"
+        raise GateError(must, ", ".join(allowed) or "nowhere", asked.where, fix)
 
 # %% ../../nbs/7_govern/75_release.ipynb #da0be5cb
 def _spans_in(
