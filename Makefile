@@ -4,6 +4,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .ONESHELL:
 .PHONY: help run test lab text export report bench
+.PHONY: release-audit release-validate release-manifest release-deploy release-rollback release-status
+.PHONY: deploy-staging deploy-prod
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -22,8 +24,16 @@ RUN ?= latest
 KIND ?=
 FORMAT ?=
 
+# A release: make deploy-staging RUN=live_candidate_..., which asks for yes, or YES=release_...
+ENVIRONMENT ?=
+YES ?=
+WHY ?=
+export WHY
+PLACE = $(if $(ENVIRONMENT),--environment $(ENVIRONMENT))
+CONFIRM = $(if $(YES),--yes $(YES))
+
 help:  ## what can be made
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 26
 
 $(STAMP): settings.ini setup.py pyproject.toml
 	@python=$$($(FIND_PYTHON))
@@ -56,3 +66,27 @@ report: $(STAMP)  ## pages of a run: make report RUN=live_candidate_... [KIND=ac
 
 bench: $(STAMP)  ## speed, as ratios measured in one run; CALIBRATE=1 the gate on empty markets, hours
 	@$(if $(CALIBRATE),$(SENSEQUANT) calibrate --replications 400 $(ARGS),$(PY) tests/bench.py)
+
+release-validate: $(STAMP)  ## verify the evidence of a run, RUN=; the code is tested by make test
+	@$(SENSEQUANT) release validate $(RUN)
+
+release-manifest: $(STAMP)  ## what a run's manifest says, and whether the run is still whole, RUN=
+	@$(SENSEQUANT) release manifest $(RUN)
+
+release-audit: $(STAMP)  ## audit bundle of what is deployed; ENVIRONMENT=staging or production alone
+	@$(SENSEQUANT) release audit $(PLACE)
+
+release-deploy: $(STAMP)  ## make an approved run active, RUN= ENVIRONMENT=; asks, or YES=release_...
+	@$(SENSEQUANT) release deploy $(RUN) $(PLACE) $(CONFIRM)
+
+deploy-staging: $(STAMP)  ## the same to staging
+	@$(SENSEQUANT) release deploy $(RUN) --environment staging $(CONFIRM)
+
+deploy-prod: $(STAMP)  ## the same to production, after its sessions in staging
+	@$(SENSEQUANT) release deploy $(RUN) --environment production $(CONFIRM)
+
+release-rollback: $(STAMP)  ## restore the release before it, WHY="..." [ENVIRONMENT= YES=release_...]
+	@$(SENSEQUANT) release rollback $(PLACE) --why "$$WHY" $(CONFIRM)
+
+release-status: $(STAMP)  ## what is active, since when and how it is watched
+	@$(SENSEQUANT) release status

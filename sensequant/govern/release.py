@@ -38,6 +38,8 @@ from sensequant.core.events import (
 from ..core.ledger import Head, Ledger, ledger_path
 from ..core.settings import Settings, load_settings
 from ..core.state import ENVIRONMENTS
+
+# %% ../../nbs/7_govern/75_release.ipynb #a8c55ad2
 from ..core.types import IST, Interval
 from ..data.runs import Run, read_inputs
 from sensequant.govern.approvals import (
@@ -102,7 +104,7 @@ def _open_inside(root: Path, parts: tuple[str, ...]) -> int:
     finally:
         os.close(descriptor)
 
-
+# %% ../../nbs/7_govern/75_release.ipynb #3063a05c
 def read_inside(
     root: Path,  # folder that the file must lie in, itself no link
     rel: str,  # path below it, with forward slashes
@@ -207,7 +209,7 @@ def pointed(
 
 _POINTER_FIX = "Remove it and point it back by hand: the register's last deployment tells where"
 
-
+# %% ../../nbs/7_govern/75_release.ipynb #a9da9408
 def _point(
     folder: Path,  # of the environment
     release_id: str | None,  # None takes the pointer away
@@ -257,6 +259,26 @@ def history(
     return [r for r in held if environment in (None, r["environment"])]
 
 
+def _kept_heads(home: Path) -> list[Head]:
+    "Where the register ended when each release was made; a damaged one tells nothing here."
+    found = []
+    for path in sorted((Path(home) / "data" / "models").glob(f"*/releases/release_*/{RECORD}")):
+        try:
+            found.append(Head(**json.loads(path.read_bytes())["register"], seen_in=str(path)))
+        except (OSError, ValueError, TypeError, KeyError):
+            continue  # whoever reads that release is told what is wrong with it
+    return found
+
+# %% ../../nbs/7_govern/75_release.ipynb #b80eaac9
+def _whole_history(home: Path, environment: str | None = None) -> list[dict[str, Any]]:
+    "The same, with the head that every release has kept."
+    heads, path = _kept_heads(home), register_path(home)
+    if heads and not path.exists():
+        fix = "Restore its newest backup; what is active stays so meanwhile"
+        raise GateError("there must be a register where there are releases", "none", path, fix)
+    return history(home, environment, heads)
+
+
 def _goal(row: Mapping[str, Any]) -> str | None:
     "The release that is active once the step is done."
     return row["release_id"] if row["kind"] == "deploy" else row["restored"]
@@ -276,7 +298,7 @@ def _begun(rows: list[dict[str, Any]], release_id: str, kinds: tuple[str, ...]) 
         raise GateError("an active release must be in the register", release_id, "register", fix)
     return found[-1]
 
-# %% ../../nbs/7_govern/75_release.ipynb #b80eaac9
+# %% ../../nbs/7_govern/75_release.ipynb #6246fe67
 def _is_record(value: Any) -> bool:
     "Whether a release's own record has the parts that are read here."
     parts = {"files": dict, "models": dict, "register": dict, "manifest_sha256": str}
@@ -303,7 +325,7 @@ def _on_disk(folder: Path) -> list[str]:
         found += [(Path(parent) / f).relative_to(folder).as_posix() for f in [*files, *links]]
     return sorted(found)
 
-
+# %% ../../nbs/7_govern/75_release.ipynb #75062d38
 def _faults(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
     "Files of a release that are missing, changed, or not its own."
     strange = set(_on_disk(folder)) - set(files) - {RECORD}
@@ -318,7 +340,7 @@ def _faults(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
             wrong += [] if same else [f"{path} has changed"]
     return wrong
 
-# %% ../../nbs/7_govern/75_release.ipynb #6246fe67
+# %% ../../nbs/7_govern/75_release.ipynb #cea8f11e
 def read_release(
     home: Path,  # folder that holds data
     environment: str,  # staging or production
@@ -347,7 +369,7 @@ def read_release(
         row["watch"],
     )
 
-
+# %% ../../nbs/7_govern/75_release.ipynb #1a478112
 def active_release(
     home: Path,  # folder that holds data
     environment: str,  # staging or production
@@ -403,11 +425,13 @@ def _announce(path: Path, what: str) -> None:
     "Write into the lock who holds it."
     about = {"pid": os.getpid(), "since": datetime.now(IST).isoformat(timespec="seconds")}
     try:
-        path.write_bytes(json_bytes(about | {"what": what}))
+        descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW)
+        with open(descriptor, "wb") as file:
+            file.write(json_bytes(about | {"what": what}))
     except OSError as error:
         raise write_refusal(error, path) from error
 
-
+# %% ../../nbs/7_govern/75_release.ipynb #a9258137
 @contextmanager
 def deployment_turn(
     home: Path,  # folder that holds data
@@ -456,7 +480,7 @@ def _moment(now: datetime | None) -> datetime:
         raise DataError("a moment must know its zone", now.isoformat(), "release")
     return now or datetime.now(IST)
 
-
+# %% ../../nbs/7_govern/75_release.ipynb #5f07dd24
 def _require_run(asked: _Asked) -> None:
     "Refuse a run that is none, or that lies elsewhere."
     if not RUN_ID.fullmatch(asked.run_id):
@@ -482,7 +506,7 @@ def _require_new(asked: _Asked) -> str | None:  # what is active now
 # %% ../../nbs/7_govern/75_release.ipynb #486a8f40
 def _require_chains(asked: _Asked, manifest: Mapping[str, Any]) -> None:
     "Refuse when the register or the ledger is not as it was written."
-    history(asked.home)
+    _whole_history(asked.home)
     kept = manifest["ledger"]
     if kept is None:
         must = "a manifest must keep the head of the ledger"
@@ -536,7 +560,7 @@ _ARROW_FIX = {
     "rejected": "A rejected run does not return; train a new one",
 }
 
-
+# %% ../../nbs/7_govern/75_release.ipynb #9b70eaad
 def _require_place(asked: _Asked, manifest: Mapping[str, Any]) -> None:
     "Refuse an environment that the gate's verdict does not name."
     real = not manifest["simulated"] and not read_inputs(asked.run).simulated
@@ -570,7 +594,7 @@ def staged_sessions(
     spans = _spans_in(history(home, "staging"), release_id, at)
     return sum(full_sessions(start, end) for start, end in spans)
 
-
+# %% ../../nbs/7_govern/75_release.ipynb #df83063b
 def _require_staged(asked: _Asked, manifest: Mapping[str, Any]) -> None:
     "Refuse for production what staging has not had for long enough."
     release_id, active = release_id_of(asked.run_id), pointed(asked.home, "staging")
@@ -640,7 +664,7 @@ def _read_models(
         found[entry["symbol"]] = about | speaks
     return found
 
-
+# %% ../../nbs/7_govern/75_release.ipynb #e2f1e29a
 def _require_speaking(asked: _Asked, models: Mapping[str, Mapping[str, Any]]) -> None:
     "Refuse for production a set of which no model would say a word."
     last = max(datetime.fromisoformat(m["expires_at"]) for m in models.values())
@@ -649,7 +673,7 @@ def _require_speaking(asked: _Asked, models: Mapping[str, Mapping[str, Any]]) ->
         fix = "Train on newer bars; a model is silent model_expiry_days after its newest label"
         raise GateError(must, f"the last of them expired {last:%Y-%m-%d}", asked.where, fix)
 
-# %% ../../nbs/7_govern/75_release.ipynb #e2f1e29a
+# %% ../../nbs/7_govern/75_release.ipynb #bac4a529
 @dataclass(frozen=True)
 class Deployment:
     "A deployment that nothing speaks against, with every byte it would copy."
@@ -669,7 +693,7 @@ class Deployment:
         "The name it gets."
         return release_id_of(self.run.run_id)
 
-
+# %% ../../nbs/7_govern/75_release.ipynb #9148edb2
 def plan_deployment(
     home: Path,  # folder that holds data and runs
     run_id: str,  # approved for staging, or staged for production
@@ -751,7 +775,7 @@ def _record_bytes(plan: Deployment, by: str, head: Head) -> bytes:
     }
     return json_bytes(about, pretty=True)
 
-
+# %% ../../nbs/7_govern/75_release.ipynb #d591722f
 def _deploy_row(plan: Deployment, by: str, record: bytes) -> dict[str, Any]:
     "What the register keeps of a deployment."
     signed = [
@@ -823,7 +847,7 @@ def _carry_out(
         except (OSError, SenseQuantError) as error:
             raise _unwound(home, row["environment"], error, now) from error
 
-
+# %% ../../nbs/7_govern/75_release.ipynb #a6662ba4
 def _unwound(
     home: Path, environment: str, error: OSError | SenseQuantError, now: datetime | None
 ) -> SenseQuantError:
@@ -865,10 +889,10 @@ def _undo(home: Path, row: Mapping[str, Any], now: datetime | None) -> None:
 
 _NOTHING_YET = {"kind": "deploy", "phase": "undone", "previous": None}
 
-
+# %% ../../nbs/7_govern/75_release.ipynb #1a610b7a
 def _settle_environment(home: Path, environment: str, now: datetime | None) -> str:
     "Finish or undo the last step of an environment; what was done, empty when nothing."
-    rows, active = history(home, environment), pointed(home, environment)
+    rows, active = _whole_history(home, environment), pointed(home, environment)
     last: dict[str, Any] = rows[-1] if rows else _NOTHING_YET
     done = {"done": (_goal,), "undone": (_before,), "begun": (_goal, _before)}[last["phase"]]
     _require_pointer(home, environment, active, [end(last) for end in done])
@@ -936,7 +960,7 @@ def deploy(
             _go_live(plan, by, now)
     return read_release(home, environment, plan.release_id)
 
-
+# %% ../../nbs/7_govern/75_release.ipynb #15f7a067
 def _go_live(plan: Deployment, by: str, now: datetime | None) -> None:
     "Write the release and move the pointer to it."
     home = plan.run.home
@@ -977,7 +1001,7 @@ def _whole_backup(home: Path, environment: str, release_id: str) -> Release:
         raise GateError(must, error, environment, fix) from error
     return release
 
-
+# %% ../../nbs/7_govern/75_release.ipynb #f2f5ba93
 def _restorable(home: Path, environment: str, active: str) -> str | None:
     "The newest release before the active one that was not itself taken back; None without one."
     rows = history(home, environment)
@@ -999,7 +1023,7 @@ def plan_rollback(
     restored = _restorable(home, environment, active)
     return active, _whole_backup(home, environment, restored) if restored else None
 
-
+# %% ../../nbs/7_govern/75_release.ipynb #f1c17b96
 def _rollback_row(
     home: Path, environment: str, by: str, why: str, at: datetime
 ) -> dict[str, Any]:  # without its phase
@@ -1015,7 +1039,7 @@ def _rollback_row(
     told |= {"kind": "rollback", "by": by, "why": why}
     return told | {"restored": restored and restored.release_id} | came
 
-
+# %% ../../nbs/7_govern/75_release.ipynb #d8629ba5
 def rollback(
     home: Path,  # folder that holds data
     environment: str,  # staging or production
@@ -1054,7 +1078,7 @@ def _about(home: Path, environment: str, at: datetime) -> dict[str, Any]:
         return about | {"intact": False, "wrong": str(error)}
     return about | {"wrong": ""}
 
-
+# %% ../../nbs/7_govern/75_release.ipynb #18480062
 def release_status(
     home: Path,  # folder that holds data
     now: datetime | None = None,  # aware; None for this moment

@@ -87,7 +87,7 @@ def watch_of(
     moment = deployed_at or datetime.now(IST)
     return read_watch(watch_terms(monitoring_plan(settings.model_dump(mode="json")), moment))
 
-
+# %% ../../nbs/7_govern/79_watch.ipynb #28eff1a8
 def active_watch(
     home: Path,  # folder that holds data
     environment: str,  # staging or production

@@ -17,6 +17,7 @@ from .collect_cli import books, sentiment
 from .data_cli import data
 from .judge_cli import backtest
 from .optimize_cli import optimize
+from .release_cli import release
 from .report_cli import report
 from .train_cli import bench, check, devices, export, train
 from .verify_cli import reproduce, verify
@@ -38,6 +39,7 @@ app.command()(verify)
 app.command()(reproduce)
 app.add_typer(keys, name="keys")
 app.add_typer(candidates, name="candidates")
+app.add_typer(release, name="release")
 app.add_typer(train, name="train")
 app.add_typer(check, name="check")
 app.add_typer(bench, name="bench")
