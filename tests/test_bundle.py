@@ -20,9 +20,9 @@ from sensequant.core.settings import load_settings
 from sensequant.core.types import IST
 from sensequant.data.runs import Run, _artifacts
 from sensequant.govern.approvals import load_private
-from sensequant.govern.bundle import Audited, _sources, audit_beside, standing_of, write_bundle
-from sensequant.govern.deployed_audit import audit_deployed
+from sensequant.govern.bundle import audit_beside, audit_deployed, standing_of, write_bundle
 from sensequant.govern.figures import Book, deltas, figures, window_figures
+from sensequant.govern.findings import Audited, sources_of
 from sensequant.govern.flags import Facts, environments_ready, risk_flags
 from sensequant.govern.promotion import approve, enrol_key
 from sensequant.govern.release import active_release, deploy
@@ -362,11 +362,11 @@ def test_sentiment_counts_where_a_group_reads_it(copied_run):
     store = copied_run.artifacts
     recipe = store.read_json("recipe.json")
     audited = Audited(copied_run, [], [], None, NOW)
-    assert _sources(audited)[1] is None
+    assert sources_of(audited)[1] is None
     store.write_json("recipe.json", recipe | {"groups": ["technical", "sentiment"]})
-    assert _sources(audited)[1] == 0.0
+    assert sources_of(audited)[1] == 0.0
     store.write_json("sources.json", {"sentiment": {"share_covered": 0.9}})
-    coverage, mood, newest = _sources(audited)
+    coverage, mood, newest = sources_of(audited)
     assert (mood, 0.9 < coverage <= 1.0, newest.isoformat()) == (0.9, True, "2024-02-29")
 
 
@@ -471,7 +471,7 @@ def test_with_too_few_shared_sessions_the_sma_cross_stands_in(
 ):
     later = Run("live_candidate_20991231_090000", staged_copy)
     shutil.copytree(staged_copy / "runs" / finished_run.run_id, later.folder)
-    monkeypatch.setattr("sensequant.govern.bundle.MIN_SHARED", 10_000)
+    monkeypatch.setattr("sensequant.govern.findings.MIN_SHARED", 10_000)
     _, found = flags_after(later)
     assert found["baseline"]["name"] == "the SMA cross"
     assert "10000 are needed" in " ".join(found["comparison"]["notes"])

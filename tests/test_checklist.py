@@ -67,7 +67,7 @@ def test_the_thresholds_come_from_the_settings():
 
 
 def test_all_or_one_but_never_against_the_gate():
-    all_met = criteria(book(**{n: 0.9 for n in CRITERIA}), book(), load_settings())
+    all_met = criteria(book(**dict.fromkeys(CRITERIA, 0.9)), book(), load_settings())
     one_met = criteria(book(hit_ratio=0.9), book(), load_settings())
     none_met = criteria(book(), book(), load_settings())
     for require_all, expected in ((True, "PRR"), (False, "PPR")):

@@ -66,7 +66,7 @@ def keep_house(
 def _bundle(run_id: str | None, deployed: str | None, home: Path, now: datetime) -> Path:
     "Make the bundle that was asked for."
     if what_is_audited(run_id, deployed) == "deployed":
-        from sensequant.govern.deployed_audit import audit_deployed
+        from sensequant.govern.bundle import audit_deployed
 
         return audit_deployed(home, str(deployed), now)
     from sensequant.data.runs import open_run
