@@ -1,5 +1,5 @@
-"""Audit bundles: every flag forced and taken away, figures by hand, partial evidence, no secret in any
-file, and what an audit must leave as it was."""
+"""Audit bundles: every flag forced and taken away, figures by hand, partial evidence, no secret in
+any file, and what an audit must leave as it was."""
 
 import json
 import shutil
@@ -20,7 +20,13 @@ from sensequant.core.settings import load_settings
 from sensequant.core.types import IST
 from sensequant.data.runs import Run, _artifacts
 from sensequant.govern.approvals import load_private
-from sensequant.govern.bundle import audit_beside, audit_deployed, standing_of, write_bundle
+from sensequant.govern.bundle import (
+    audit_beside,
+    audit_deployed,
+    replaced_release,
+    standing_of,
+    write_bundle,
+)
 from sensequant.govern.figures import Book, deltas, figures, window_figures
 from sensequant.govern.findings import Audited, sources_of
 from sensequant.govern.flags import Facts, environments_ready, risk_flags
@@ -452,7 +458,11 @@ def test_a_damaged_release_is_a_finding_and_makes_a_bundle(staged_copy):
 def test_a_later_run_is_compared_with_what_is_deployed(staged_copy, finished_run):
     later = Run("live_candidate_20991231_090000", staged_copy)
     shutil.copytree(staged_copy / "runs" / finished_run.run_id, later.folder)
-    flags, found = flags_after(later)
+    release = active_release(staged_copy, "staging")
+    told = {"release_id": release.release_id, "environment": "staging"}
+    assert replaced_release(later) == told | {"manifest_sha256": release.manifest_sha256}
+    assert replaced_release(Run(finished_run.run_id, staged_copy)) is None
+    _, found = flags_after(later)
     release = active_release(staged_copy, "staging").release_id
     assert found["comparison"]["release_id"] == release
     assert found["comparison"]["sessions_shared"] == found["statistics"]["n_sessions"]

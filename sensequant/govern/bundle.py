@@ -267,12 +267,13 @@ def manifest_evidence(
 
 def replaced_release(
     run: Run,
-) -> dict[str, str] | None:  # release_id and manifest_sha256; None where nothing is active
+) -> dict[str, str] | None:  # release_id, manifest_sha256, environment; None without one
     "The release that a deployment of the run would replace, for the rollback plan."
     for environment in REPLACED:
         release = active_or_fault(run.home, environment)[0]
         if release is not None and release.run_id != run.run_id:
-            return {"release_id": release.release_id, "manifest_sha256": release.manifest_sha256}
+            about = {"release_id": release.release_id, "environment": environment}
+            return about | {"manifest_sha256": release.manifest_sha256}
     return None
 
 # %% ../../nbs/7_govern/784_bundle.ipynb #ef0296db
