@@ -90,9 +90,9 @@ def audit(
 ) -> None:
     """Make an audit bundle: figures beside what would be replaced, risk flags, pictures, settings.
 
-    A run is left as it is; the bundle goes to data/audits, and those older than audit_archive_days
-    move to its archive. Ends with 0 when no flag was raised, 3 when one was, 1 when something cannot
-    be read and 2 when used wrongly.
+    A run is left as it is; the bundle goes to data/audits, and those older than the setting
+    audit_archive_days move to its archive. Ends with 0 when no flag was raised, 3 when one was,
+    1 when something cannot be read and 2 when used wrongly.
     """
     try:
         what_is_audited(run_id, deployed)
