@@ -66,7 +66,8 @@ def given(**more):
 
 
 # What must not differ between two runs of the same inputs, settings and seed.
-COMPARED = ("bars/", "inputs.", "coverage.", "teacher/", "student/", "predictions", "audit/")
+COMPARED = ("bars/", "inputs.", "coverage.", "teacher/", "student/", "predictions")
+COMPARED += ("audit/checks.", "audit/plots/", "audit/telemetry_summaries/", "audit/configs/")
 COMPARED += ("recipe.", "ablation.", "validation_summary.", "daily_returns.", "stat_tests.")
 
 

@@ -107,9 +107,10 @@ def _against(metrics: Mapping[str, Any]) -> list[str]:
     "The comparison, and what it was made with."
     how, base = metrics["comparison"], metrics["baseline"]
     span = f"{how['sessions_shared']:,} sessions, {base['first_session']} to {base['last_session']}"
-    lines = [f"## Against {base['name']}", "", f"On {span}, which both have.", ""]
-    if not how["sessions_shared"]:
-        lines[2] = "There is nothing to compare on the same sessions."
+    told = f"On {span}, which both have."
+    if how["kind"] == "evidence":
+        told = "What was seen since it was deployed, beside what it showed when it was approved."
+    lines = [f"## Against {base['name']}", "", told, ""]
     lines += [f"- {note}" for note in how["notes"]] + [""] * bool(how["notes"])
     lines += [*markdown_table(compared_table(metrics)), ""]
     error = metrics["deltas"].get("sharpe_ratio_delta_error")

@@ -64,8 +64,8 @@ def recommend(
         return "PROMOTE", "All criteria are met"
     if passed and not require_all:
         return "PROMOTE", f"{len(passed)} of {len(met)} criteria are met, of which one is enough"
-    least = "all" if require_all else "one"
-    return "REJECT", f"Not met: {', '.join(missed)}; {least} of {len(met)} must be"
+    least = f"all {len(met)}" if require_all else f"one of {len(met)}"
+    return "REJECT", f"Not met: {', '.join(missed)}; {least} must be"
 
 # %% ../../nbs/7_govern/783_checklist.ipynb #10f0a878
 _OF_SYMBOL = ("precision_long", "hit_ratio")

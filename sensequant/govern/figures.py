@@ -159,7 +159,8 @@ def _reason(book: Book, name: str, n: int) -> str:
     what = FIGURES[name][1]
     if kept.get(what, book.opinions) is None:
         return f"no {'trades' if what == 'closed trades' else 'opinions'} were kept"
-    least = f"; {MIN_RISK_SESSIONS} are needed" if what == "sessions" else ""
+    few = name in ("sharpe_ratio", "max_drawdown")
+    least = f"; {MIN_RISK_SESSIONS} are needed" if few else ""
     return f"{n} {what}{least}"
 
 # %% ../../nbs/7_govern/779_figures.ipynb #beb4b061

@@ -66,7 +66,7 @@ def keep_house(
 def _bundle(run_id: str | None, deployed: str | None, home: Path, now: datetime) -> Path:
     "Make the bundle that was asked for."
     if what_is_audited(run_id, deployed) == "deployed":
-        from sensequant.govern.deployed_audit import audit_deployed
+        from sensequant.govern.bundle import audit_deployed
 
         return audit_deployed(home, str(deployed), now)
     from sensequant.data.runs import open_run
@@ -90,9 +90,9 @@ def audit(
 ) -> None:
     """Make an audit bundle: figures beside what would be replaced, risk flags, pictures, settings.
 
-    A run is left as it is; the bundle goes to data/audits, and those older than audit_archive_days
-    move to its archive. Ends with 0 when no flag was raised, 3 when one was, 1 when something cannot
-    be read and 2 when used wrongly.
+    A run is left as it is; the bundle goes to data/audits, and those older than the setting
+    audit_archive_days move to its archive. Ends with 0 when no flag was raised, 3 when one was,
+    1 when something cannot be read and 2 when used wrongly.
     """
     try:
         what_is_audited(run_id, deployed)

@@ -413,7 +413,7 @@ def audit_command(environment: _PLACE = None) -> None:
             )
             must = f"something must be deployed in {' or '.join(asked)} to be audited"
             raise GateError(must, "nothing", home / "data" / "models", fix)
-        from sensequant.govern.deployed_audit import audit_deployed  # its plots take seconds
+        from sensequant.govern.bundle import audit_deployed  # its plots take seconds
 
         for place in active:
             say(f"{place:<12}{audit_deployed(home, place)}")
