@@ -79,7 +79,9 @@ def told_by(briefing, key=None):
     for s in briefing["sections"]:
         if s["figures"]:
             figures.append([[plain(f[k]) for k in ("name", "text", "words")] for f in s["figures"]])
-        tables += [[[plain(c) for c in row] for row in (t["columns"], *t["rows"])] for t in s["tables"]]
+        tables += [
+            [[plain(c) for c in row] for row in (t["columns"], *t["rows"])] for t in s["tables"]
+        ]
     return figures, tables
 
 
@@ -154,7 +156,10 @@ def test_the_figures_are_those_of_the_phases(read, finished_run):
 
 def test_the_months_of_the_table_multiply_to_the_year(read, finished_run):
     (table,) = [
-        t for s in read[0]["sections"] for t in s["tables"] if t["title"].startswith("Net return by")
+        t
+        for s in read[0]["sections"]
+        for t in s["tables"]
+        if t["title"].startswith("Net return by")
     ]
     daily = finished_run.artifacts.read_parquet("daily_returns.parquet")["net_return"]
     assert [int(r[0]) for r in table["rows"]] == sorted(set(daily.index.year))
@@ -384,19 +389,28 @@ def test_a_teacher_without_students_is_shown(copied_run):
 # Attack
 
 
-HOSTILE = ("<script>alert(1)</script>", "[x](https://evil.example)", "a|b", "![i](http://e.x/p.png)")
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "[x](https://evil.example)",
+    "a|b",
+    "![i](http://e.x/p.png)",
+)
 
 
 def test_hostile_names_stay_words(copied_run):
     inputs = copied_run.artifacts.read_json("inputs.json")
     listed = dict.fromkeys(HOSTILE) | inputs["listed_on"]
-    copied_run.artifacts.write_json("inputs.json", inputs | {"listed_on": listed, "feed": HOSTILE[0]})
+    copied_run.artifacts.write_json(
+        "inputs.json", inputs | {"listed_on": listed, "feed": HOSTILE[0]}
+    )
     coverage = copied_run.artifacts.read_json("coverage.json")
     worst = next(iter(coverage["symbols"].values())) | {"symbol": HOSTILE[2], "sessions_held": 0}
     coverage["symbols"][HOSTILE[2]] = worst
     copied_run.artifacts.write_json("coverage.json", coverage)
     for word in HOSTILE:
-        copied_run.events.emit("warning", phase="1_ingest", symbol=word, message=f"no {word}\n# big")
+        copied_run.events.emit(
+            "warning", phase="1_ingest", symbol=word, message=f"no {word}\n# big"
+        )
     stood = {"1_ingest": "success", "2_teacher": "failed"}
     facts, text = partial_briefing(copied_run, stood, HOSTILE[1], HOSTILE[0])
     html = briefing_top(facts) + prose("\n".join(section_text(s) for s in facts["sections"]))

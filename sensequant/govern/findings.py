@@ -157,8 +157,10 @@ def results_section(
 ) -> Section:
     "What the account made out of sample, month by month and span by span."
     said = "Every figure is out of sample: each student was judged on the days after its window."
+    drawn = "The page draws both accounts with their drawdowns, the rank IC of each month, the "
+    drawn += "calibration of the student's probabilities and its confusion matrix."
     tables = (monthly_table(net_returns), _fold_table(stats))
-    words = (said, rule_sentence(stats, scope))
+    words = (said, rule_sentence(stats, scope), drawn)
     return Section("results", "Results", words, _returns_figures(stats), tables)
 
 # %% ../../nbs/7_govern/787_findings.ipynb #5b04deb0
