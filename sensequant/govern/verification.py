@@ -23,6 +23,13 @@ from ..core.events import json_bytes
 from ..core.ledger import Head, Ledger, ledger_path
 from ..core.state import State
 from ..data.runs import Run, _artifacts
+from sensequant.govern.approvals import (
+    AUTO,
+    Approval,
+    approvals_folder,
+    read_approval,
+    verify_approval,
+)
 from .audit import audit_checks
 from .judgement import check_trial, manifest_heads
 from sensequant.govern.manifest import (
@@ -32,6 +39,7 @@ from sensequant.govern.manifest import (
     model_set,
     parse_manifest,
 )
+from .promotion import Register, known_key, register_path
 from ..learn.batch import load_window_student, load_window_teacher
 from ..learn.records import read_window_runs
 from ..learn.tables import read_recipe
@@ -326,6 +334,72 @@ def own_trials(
     with ledger._transaction(write=False) as c:
         return [r["n"] for r in c.execute(query, (run_id,))]
 
+# %% ../../nbs/7_govern/785_verification.ipynb #932d8487
+def _approval_files(case: _Case) -> dict[str, Approval | str]:  # by place; what is wrong with it
+    "The signatures that lie there for the run, as far as they can be read."
+    found: dict[str, Approval | str] = {}
+    for path in sorted(approvals_folder(case.run.home, case.run.run_id).glob("*")):
+        try:
+            found[_below(case, path)] = read_approval(path)
+        except (SenseQuantError, OSError) as error:
+            found[_below(case, path)] = str(error)
+    return found
+
+
+def _register(case: _Case) -> list[Finding]:
+    "Every row of the register follows, and it last saw the manifest that lies there."
+    path = register_path(case.run.home)
+    must, where = (
+        "the register must be whole and name the manifest that lies there",
+        _below(case, path),
+    )
+    if not path.is_file():
+        return [Finding("register", must, "no register", False, where)]
+    kept = [a for a in _approval_files(case).items() if isinstance(a[1], Approval)]
+    heads = [replace(a.register, seen_in=p) for p, a in kept]  # type: ignore[union-attr]
+    with Register(path) as register:
+        proof, known = register.verify(heads), register.manifest(case.run.run_id)
+        stands = register.state(case.run.run_id)
+    wrong = proof.wrong or ("" if known == case.digest else f"manifest {known or 'none'}")
+    fine = f"{proof.head.count} rows, {len(heads)} heads of signatures among them; {stands}"
+    return _rows("register", must, {where: wrong} if wrong else {}, fine)
+
+
+def _signature(case: _Case, register: Register, held: Approval, rows: list[dict[str, Any]]) -> str:
+    "What is wrong with a signature; empty when it holds."
+    if (held.run_id, held.manifest_sha256) != (case.run.run_id, case.digest):
+        return f"for {held.run_id} and another manifest, {held.manifest_sha256}"
+    if held.signature not in [r["signature"] for r in rows]:
+        return "not in the register"
+    try:
+        verify_approval(held, known_key(register, case.run.home, held.name))
+    except (SenseQuantError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def _approvals(case: _Case) -> list[Finding]:
+    "Every signature holds, and none that was given is missing."
+    must, files = (
+        "every signature must hold for the manifest that lies there",
+        _approval_files(case),
+    )
+    path, rows = register_path(case.run.home), []
+    faults: dict[str, str] = {}
+    if path.is_file():
+        with Register(path) as register:
+            rows = [r for r in register.rows("approval", case.run.run_id) if r["by"] != AUTO]
+            for where, held in files.items():
+                fault = held if isinstance(held, str) else _signature(case, register, held, rows)
+                faults |= {where: fault} if fault else {}
+    elif files:
+        faults = dict.fromkeys(files, "there is no register that knows it")
+    for row in rows:
+        if row["file"] not in files:
+            faults[row["file"]] = f"no such file; {row['name']} signed as {row['role']}"
+    fine = f"{len(files)} signatures hold" if files else "none was given"
+    return _rows("approvals", must, faults, fine)
+
 # %% ../../nbs/7_govern/785_verification.ipynb #c7917729
 def _models(case: _Case) -> list[Finding]:
     "Every teacher and student can be read by the loaders, and the newest ones are the set."
@@ -444,6 +518,8 @@ _BYTES: tuple[_Step, ...] = (  # name, what looks, file that is blamed when it c
     ("candidate", _nominated, "data/state/sensequant.db"),
     ("ledger", _chain, "data/state/ledger.db"),
     ("head", _head, MANIFEST),
+    ("register", _register, "data/state/register.db"),
+    ("approvals", _approvals, "data/approvals"),
     ("briefing", _briefing, "promotion_briefing.json"),
 )
 _MADE: tuple[_Step, ...] = (

@@ -75,8 +75,10 @@ def new_key(
 ) -> None:
     """Make a key for a person who may approve, or enrol the one that the person has.
 
-    The private part is encrypted in the folder keys_dir and stays with the person; the house keeps the
-    public part. Approvals count for the roles that the settings name, one person a role.
+    The private part is encrypted in the folder keys_dir and stays with the person; the house keeps
+    the public part. The setting approver_keys, when given, names the only keys that count.
+
+    Ends with 0 when the key is enrolled, 1 when a file could not be written and 3 when refused.
     """
     from sensequant.govern.approvals import check_keys_dir, check_name, private_path, public_path
     from sensequant.govern.promotion import enrol_key
@@ -272,6 +274,25 @@ def _signed(role: dict[str, Any]) -> str:
     return "; ".join(words) or "missing"
 
 
+def _lines(told: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    "A candidate as pairs of label and words."
+    kind = "simulated" if told["simulated"] else "real"
+    yield "Run", f"{told['run_id']}, {kind} bars"
+    yield "Release", f"{told['release_id']}, {told['release_type']}"
+    yield "Status", told["status"]
+    yield "Verdict", "; ".join([told["verdict"] or "none", *told["reasons"]])
+    yield "May go to", " and ".join(told["environments"]) or "nowhere"
+    yield "Manifest", told["manifest_sha256"]
+    changed = ", ".join(told["changed_files"][:5])
+    yield "Files", f"CHANGED: {changed}" if changed else "as the manifest names them"
+    yield "Register", told["register"]
+    yield "Risks", ", ".join(told["risk_flags"]) or "none flagged"
+    for role in told["roles"]:
+        yield role["role"], _signed(role)
+    if told["automatic"]:
+        yield "Automatic", told["automatic"]
+
+
 @candidates.command("show")
 def show_candidate(run: _RUN, as_json: _JSON = False) -> None:
     "Show how a candidate stands, who has signed and who has not, and what comes next."
@@ -280,30 +301,15 @@ def show_candidate(run: _RUN, as_json: _JSON = False) -> None:
         told = describe_candidate(settings, _latest(settings, run))
         if as_json:
             return say(json.dumps(told, indent=1))
-        changed, flags = told["changed_files"], told["risk_flags"]
-        kind = "simulated bars" if told["simulated"] else "real bars"
-        say(
-            f"Run        {told['run_id']}, {kind}\nRelease    {told['release_id']}, {told['release_type']}"
-        )
-        say(f"Status     {told['status']}\nVerdict    {told['verdict'] or 'none'}")
-        for reason in told["reasons"]:
-            say(f"           - {reason}")
-        say(f"May go to  {', '.join(told['environments']) or 'nowhere'}")
-        say(f"Manifest   {told['manifest_sha256']}")
-        say(
-            f"Files      {'as the manifest names them' if not changed else 'CHANGED: ' + ', '.join(changed[:5])}"
-        )
-        say(f"Register   {told['register']}")
-        say(f"Risks      {', '.join(flags) or 'none flagged'}")
-        for role in told["roles"]:
-            say(f"{role['role']:<20} {_signed(role)}")
-        if told["automatic"]:
-            say(f"automatic            {told['automatic']}")
+        pairs = list(_lines(told))
+        width = max(len(label) for label, _ in pairs)
+        for label, words in pairs:
+            say(f"{label:<{width}}  {words}")
         table = Table("when (IST)", "step", "by", "why")
         for row in told["history"]:
             table.add_row(row["at"][:16], row["to"], row["by"], row["why"])
         Console().print(table)
-        say(f"Next       {told['next']}")
+        say(f"{'Next':<{width}}  {told['next']}")
 
 # %% ../../nbs/9_ops/914_candidates_cli.ipynb #4dfb1a30
 def _show_what(case: Any, role: str, environments: tuple[str, ...], key: str) -> None:
@@ -330,8 +336,10 @@ def approve_candidate(
 ) -> None:
     """Sign a candidate's manifest with your key.
 
-    Everything is checked first: the manifest, each file it names, the register, the key. Two roles need
-    two people. The last signature that is needed makes the candidate approved; then it can be staged.
+    Everything is checked first: the manifest, each file it names, the register, the key. Two roles
+    need two people. The last signature that is needed makes the candidate approved.
+
+    Ends with 0 when it is signed, 1 when a file could not be read or written and 3 when refused.
     """
     from sensequant.govern.approvals import load_private
     from sensequant.govern.promotion import (

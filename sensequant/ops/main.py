@@ -19,6 +19,7 @@ from .judge_cli import backtest
 from .optimize_cli import optimize
 from .report_cli import report
 from .train_cli import bench, check, devices, export, train
+from .verify_cli import reproduce, verify
 
 # %% ../../nbs/9_ops/999_main.ipynb #24ca49b5
 data.command()(sentiment)
@@ -33,6 +34,8 @@ app.command()(calibrate)
 app.command()(compare)
 app.command()(devices)
 app.command()(export)
+app.command()(verify)
+app.command()(reproduce)
 app.add_typer(keys, name="keys")
 app.add_typer(candidates, name="candidates")
 app.add_typer(train, name="train")
