@@ -69,7 +69,7 @@ def one_reason(
         return "Every condition holds."
     allowed = f"{100 * luck['required']:.3g} %" if luck.get("required") else "less"
     return (
-        f"Luck alone would order the shares as well in {100 * luck['value']:.2g} % of cases, where "
+        f"Luck alone would do as well in {100 * luck['value']:.2g} % of cases, where "
         f"{allowed} is allowed; after all costs {100 * paid['value']:+.3f} % a session was left."
     )
 
