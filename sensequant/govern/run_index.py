@@ -273,7 +273,7 @@ def write_index(
     with _alone(home / "reports"):
         lines, notes = run_lines(home)
         facts = (f"as of {told:%Y-%m-%d %H:%M} IST",)
-        heading = Heading("All runs", lines[0].status if lines else "running", facts)
+        heading = Heading("All runs", "list", facts)
         page = frame_page(heading, index_body(home, lines, notes), wide=True)
         return write_page(home / "reports" / "index.html", page)
 
@@ -386,7 +386,7 @@ def data_compared(both: Compared) -> Section:
             *(literal(data_words(c, i)) for c, i in zip(both.configs, both.inputs, strict=True)),
         )
     ]
-    rows += [(k, *(literal(i.get(k, "n/a")) for i in both.inputs)) for k in
+    rows += [(k, *(literal(i.get(k) or "none") for i in both.inputs)) for k in
              ("feed", "interval", "benchmark", "holdout")]  # fmt: skip
     apart = not_comparable(both)
     said = "Both read the same market over the same dates."
@@ -502,8 +502,7 @@ def compare_page(both: Compared) -> str:  # HTML
     for name, run in zip("AB", both.runs, strict=True):
         if (run.pages / "index.html").is_file():
             links[f"run {name}"] = f"{run.run_id}/index.html"
-    status = str(both.briefings[1].get("status") or "running")
-    heading = Heading("Two runs", status, both.names, links)
+    heading = Heading("Two runs", "pair", both.names, links)
     title = f"<h1>{html.escape(began(both.names[0]) or both.names[0])} against "
     title += f"{html.escape(began(both.names[1]) or both.names[1])}</h1>"
     return frame_page(heading, "".join([title, *text, image, *tail]), wide=True)
