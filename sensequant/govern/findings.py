@@ -386,7 +386,8 @@ def models_section(
     said = (
         "The evidence is about the procedure: each student was scored on the window after its own, "
         "and the newest students, which would be deployed, have not been scored yet.",
-        f"The newest one learned from what was known on {newest}, {days:,} days before {now:%Y-%m-%d}.",
+        f"The newest one learned from what was known on {newest}, {days:,} days before "
+        f"{now:%Y-%m-%d}.",
     )
     figures = (
         figure_of("models", "models in the set", len(models), (",.0f", ""), f"{kind}."),
