@@ -1,4 +1,4 @@
-"""A page as a real browser shows it: how wide it is, what it asked for, what went wrong, how it prints."""
+"""A page as a real browser shows it: its width, what it asks for, what goes wrong, its print."""
 
 import asyncio
 import base64

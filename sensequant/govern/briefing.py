@@ -69,7 +69,7 @@ def one_reason(
         return "Every condition holds."
     allowed = f"{100 * luck['required']:.3g} %" if luck.get("required") else "less"
     return (
-        f"Luck alone would order the shares as well in {100 * luck['value']:.2g} % of cases, where "
+        f"Luck alone would do as well in {100 * luck['value']:.2g} % of cases, where "
         f"{allowed} is allowed; after all costs {100 * paid['value']:+.3f} % a session was left."
     )
 
@@ -154,7 +154,6 @@ GLOSSARY = {
     "rank IC": "how well the scores order the shares by what they earn later: 1 is perfectly, "
     "0 is by chance",
     "t-value": "the figure in units of its own uncertainty; luck alone rarely goes beyond 2",
-    "p-value": "how often luck alone would look at least as good",
     "max-t test": "a test that counts every recorded try, lest the best of many look like skill",
     "alpha": "what is earned beyond the account's share of the market's moves",
     "beta": "the account's share of the market's moves: 1 is all, 0 is none",
@@ -250,7 +249,9 @@ def explain_sections(
     for s in sections:
         title, said = explainer.text(s.title), tuple(explainer.text(t) for t in s.said)
         missing = explainer.text(s.missing)
-        figures = tuple(replace(f, words=explainer.words(f.name, f.words)) for f in s.figures)
+        figures = tuple(
+            replace(f, words=explainer.words(f"{f.name} {f.text}", f.words)) for f in s.figures
+        )
         above, tables = _explain_tables(explainer, s.tables)
         said += (above,) if above else ()
         points = tuple(explainer.text(p) for p in s.points)

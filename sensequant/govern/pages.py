@@ -51,7 +51,7 @@ td.ok, td.failed, td.incomplete { font-weight:600 }
 table { border-collapse:collapse; font-size:.88rem; font-variant-numeric:tabular-nums }
 th, td { padding:.28rem .7rem; border-bottom:1px solid var(--line); text-align:left; vertical-align:top }
 th { font-weight:600; color:var(--soft) } .n { text-align:right; white-space:nowrap }
-table.words { width:100% } td[data-is=value] { white-space:nowrap } table.words td:first-child { min-width:9rem }
+table.words { width:100% } td[data-is=value], td code { white-space:nowrap } table.words td:first-child { min-width:9rem }
 img { max-width:100%; height:auto; background:#fff; border-radius:.4rem; padding:.3rem; margin:.4rem 0 }
 pre { background:var(--card); border-radius:.4rem; padding:.7rem .9rem; overflow-x:auto; font-size:.83rem }
 .error { border-left:3px solid var(--bad) }
@@ -102,6 +102,8 @@ BADGES = {
     "rolled-back": ("failed", "ROLLED BACK"),
     "deleted": ("incomplete", "DELETED"),
     "unknown": ("incomplete", "UNKNOWN"),
+    "list": ("", "ALL RUNS"),
+    "pair": ("", "TWO RUNS"),
 }
 
 

@@ -15,7 +15,8 @@ import html
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -100,8 +101,9 @@ def data_words(
     simulated = inputs.get("simulated", source == "simulated")
     kind = "simulated" if simulated else f"real, {source}"
     names = inputs.get("listed_on") or config.get("symbols") or []
-    if not names and source == "simulated" and config.get("sim_symbols"):
-        names = [""] * int(config["sim_symbols"])
+    asked = config.get("sim_symbols")
+    if not names and source == "simulated" and isinstance(asked, int):
+        names = [""] * asked
     first, last = (inputs.get(k) or config.get(k) or "?" for k in ("start", "end"))
     return f"{kind}: {_symbols(names)}, {first} to {last}"
 
@@ -163,17 +165,27 @@ def release_states(home: Path) -> dict[str, str]:
     return {r["run_id"]: r["to"] for r in Register(path).rows("state")}
 
 
+def _readable(read: Callable[[Path], Any], home: Path, empty: Any) -> tuple[Any, str]:
+    "What is read, and why it is empty where that is impossible."
+    try:
+        return read(home), ""
+    except (SenseQuantError, sqlite3.Error, OSError, KeyError) as error:
+        return empty, f"{read.__name__.strip('_').replace('_', ' ')} cannot be read: {error}"
+
+
 def run_lines(
     home: Path,  # folder of data, runs and reports
-) -> list[RunLine]:  # newest first
+) -> tuple[list[RunLine], list[str]]:  # newest first, and what could not be read
     "Every run that anything remembers."
-    (records, stale), releases, lines = _records(home), release_states(home), []
+    (records, stale), why = _readable(_records, home, ({}, set()))
+    releases, why_not = _readable(release_states, home, {})
+    lines = []
     for run_id in sorted({*run_ids(home), *records}, reverse=True):
         line = read_line(Run(run_id, home), records.get(run_id), releases.get(run_id, ""))
         if run_id in stale and line.status == "running":
             line = RunLine(run_id, "interrupted", "its process died", line.data, line.figures)
         lines.append(line)
-    return lines
+    return lines, [w for w in (why, why_not) if w]
 
 # %% ../../nbs/7_govern/78_run_index.ipynb #ffbcdbd4
 def comparison_name(run_a: str, run_b: str) -> str:
@@ -220,6 +232,7 @@ COLUMNS = ["run (IST)", "verdict", "data", *FIGURES, "release", "read on"]
 def index_body(
     home: Path,  # folder of data, runs and reports
     lines: Sequence[RunLine],  # newest first
+    notes: Sequence[str] = (),  # what could not be read
 ) -> str:  # HTML
     "The list of all runs: the newest twelve at once, the rest a click away."
     pages: dict[str, list[str]] = {}
@@ -229,6 +242,7 @@ def index_body(
     counts = pd.Series([r.status for r in lines], dtype=object).value_counts()
     told = ", ".join(f"{n} {str(s).replace('-', ' ')}" for s, n in counts.items())
     parts = [f"<h1>{len(lines):,} runs</h1><p>{html.escape(told) or 'None yet.'}</p>"]
+    parts += [f"<blockquote>{html.escape(n)}</blockquote>" for n in notes]
     for k in range(0, len(lines), MOST_ROWS):
         some = lines[k : k + MOST_ROWS]
         table = quiet_tables(plain_table([_row(home, line, pages) for line in some], COLUMNS))
@@ -257,10 +271,10 @@ def write_index(
     "Write the list of all runs anew."
     told = (now or datetime.now(IST)).astimezone(IST)
     with _alone(home / "reports"):
-        lines = run_lines(home)
+        lines, notes = run_lines(home)
         facts = (f"as of {told:%Y-%m-%d %H:%M} IST",)
-        heading = Heading("All runs", lines[0].status if lines else "running", facts)
-        page = frame_page(heading, index_body(home, lines), wide=True)
+        heading = Heading("All runs", "list", facts)
+        page = frame_page(heading, index_body(home, lines, notes), wide=True)
         return write_page(home / "reports" / "index.html", page)
 
 # %% ../../nbs/7_govern/78_run_index.ipynb #a5df2e44
@@ -290,7 +304,23 @@ def read_two(
         tuple(_json(run.folder / f"{name}.json")[0] for run in runs)
         for name in ("promotion_briefing", "config", "inputs")
     ]
-    return Compared(runs, *read)  # type: ignore[arg-type]
+    briefings = _sound(read[0][0]), _sound(read[0][1])
+    return Compared(runs, briefings, *read[1:])  # type: ignore[arg-type]
+
+
+def _whole(held: Any, *keys: str) -> list[dict[str, Any]]:
+    "The members of a list that are mappings with some keys."
+    members = held if isinstance(held, list) else []
+    return [m for m in members if isinstance(m, dict) and set(keys) <= set(m)]
+
+
+def _sound(briefing: dict[str, Any]) -> dict[str, Any]:
+    "A briefing with those parts alone that can be shown."
+    figures = _whole(briefing.get("figures"), "key", "name", "text", "value")
+    sections = _whole(briefing.get("sections"), "key", "title")
+    asked = ("name", "must", "measured", "passed", "blocks", "read")
+    gate = {"checks": _whole(dig(briefing, "gate", "checks"), *asked)}
+    return briefing | {"figures": figures, "sections": sections, "gate": gate}
 
 # %% ../../nbs/7_govern/78_run_index.ipynb #8722bc98
 def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, str]:
@@ -356,7 +386,7 @@ def data_compared(both: Compared) -> Section:
             *(literal(data_words(c, i)) for c, i in zip(both.configs, both.inputs, strict=True)),
         )
     ]
-    rows += [(k, *(literal(i.get(k, "n/a")) for i in both.inputs)) for k in
+    rows += [(k, *(literal(i.get(k) or "none") for i in both.inputs)) for k in
              ("feed", "interval", "benchmark", "holdout")]  # fmt: skip
     apart = not_comparable(both)
     said = "Both read the same market over the same dates."
@@ -472,8 +502,7 @@ def compare_page(both: Compared) -> str:  # HTML
     for name, run in zip("AB", both.runs, strict=True):
         if (run.pages / "index.html").is_file():
             links[f"run {name}"] = f"{run.run_id}/index.html"
-    status = str(both.briefings[1].get("status") or "running")
-    heading = Heading("Two runs", status, both.names, links)
+    heading = Heading("Two runs", "pair", both.names, links)
     title = f"<h1>{html.escape(began(both.names[0]) or both.names[0])} against "
     title += f"{html.escape(began(both.names[1]) or both.names[1])}</h1>"
     return frame_page(heading, "".join([title, *text, image, *tail]), wide=True)

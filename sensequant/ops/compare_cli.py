@@ -54,9 +54,9 @@ def compare(
 ) -> None:
     """Lay two runs side by side, and say whether their figures may be compared.
 
-    Shows verdicts, data, figures with their differences, conditions and the settings that differ, and
-    writes them as a page with both accounts into the reports. Ends with 0, and with 2 when there is no
-    such run.
+    Shows verdicts, data, figures with their differences, conditions and the settings that differ,
+    and writes them as a page with both accounts into the reports. Ends with 0, and with 2 when
+    there is no such run.
     """
     from sensequant.govern import run_index
 
