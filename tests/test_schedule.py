@@ -473,9 +473,11 @@ def write_csv(corrected=None):
     folder, market = home_now().parent / "bars", simulate(MARKET)
     folder.mkdir(exist_ok=True)
     for name in SYMBOLS:
-        table = market.bars(name, Interval.DAY, MARKET.start, MARKET.end).reset_index()
-        table.loc[table["ts"].dt.date == corrected, "volume"] *= 2
-        table["ts"] = table["ts"].dt.strftime("%Y-%m-%d")
+        table = market.bars(name, Interval.DAY, MARKET.start, MARKET.end).reset_index(
+            names="timestamp"
+        )
+        table.loc[table["timestamp"].dt.date == corrected, "volume"] *= 2
+        table["timestamp"] = table["timestamp"].dt.strftime("%Y-%m-%d")
         table.to_csv(folder / f"{name}.csv", index=False)
     return folder
 
@@ -497,7 +499,7 @@ def test_a_later_run_takes_over_windows_whose_rows_are_the_same():
         job = cli.open_job("weekly", told, at(day))
         assert cli.bring(job) == 0
         config = cli.config_for(job, cli.last_held(job))
-        write_csv(corrected=date(2023, 11, 20))  # which the second one meets
+        write_csv(corrected=date(2023, 9, 11))  # which the second one meets
         assert config["start"] == SMALL["start"] and config["end"] == day
         o.require_folders(home)
         run = o.begin_run(config, home)
