@@ -492,7 +492,7 @@ def tried(home):
 
 
 def require_taken(first, second):
-    "Only the window of the corrected bar was taught anew, and only students judged on it beside it."
+    "Only the window of the corrected bar was taught anew, and only students judged on that bar."
     for kind, last in (("teacher", 1), ("student", 2)):
         before, after = (
             {r.window_label: r for r in read_window_runs(x, kind)} for x in (first, second)
