@@ -330,8 +330,9 @@ def _told(settings: Settings, given: Mapping[str, Any], lost: Sequence[str]) -> 
     year = datetime.now(IST).year
     before = 0 if simulated else spent(settings, market_of(settings.source, False), year)
     lines = ["SenseQuant: retraining by the clock", "", *budget_lines(settings, year, before), ""]
-    kind = "SIMULATED bars, for trying out: no market ever traded them"
-    lines += [kind, ""] if simulated else []
+    trial = ["SIMULATED bars, for trying out: each end makes another market, so that no window is"]
+    trial += ["ever taken over and no proposal follows another.", ""]
+    lines += trial if simulated else []
     held = (
         f"Set in this shell alone and unknown to the lines; put them into .env: {', '.join(lost)}"
     )

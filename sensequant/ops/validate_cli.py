@@ -89,7 +89,7 @@ def find_validation(given: Mapping[str, Any]) -> tuple[Any, Any]:  # Validation,
         return v.begin_validation(wanted, home), wanted
     if known:
         return v.resume_validation(name, home)
-    if name:
+    if name is not None:
         v.check_name(name)
     wanted, home = wanted_anew(given)
     return v.begin_validation(wanted, home, name), wanted
