@@ -28,11 +28,11 @@ from sensequant.govern.bundle import (
     write_bundle,
 )
 from sensequant.govern.figures import Book, deltas, figures, window_figures
-from sensequant.govern.weighing import Audited, sources_of
 from sensequant.govern.flags import Facts, environments_ready, risk_flags
 from sensequant.govern.promotion import approve, enrol_key
 from sensequant.govern.release import active_release, deploy
 from sensequant.govern.shelf import audits_folder, held_bundles
+from sensequant.govern.weighing import Audited, sources_of
 from sensequant.ops.main import app
 from sensequant.trading.opinions import model_opinions
 from sensequant.trading.traces import write_traces

@@ -588,7 +588,7 @@ def build_briefing(
     known |= {"recommendation": _advice(gate["status"], ready), "environments_ready": ready}
     known |= {"roles": list(manifest["approvals"]["roles"])}
     known |= {"staging_sessions": settings.staging_sessions}
-    known |= {"validation": _validated(run, metrics["validation"])}
+    known |= {"validation": _validated(run, metrics, audit["whole"])}
     known |= {"statistical_tests": statistics_facts(metrics["statistics"])}
     known |= {"risk_assessment": _assessed(gate, risks_of(metrics, audit), run, training)}
     known |= {"models": _models(manifest), "artifacts": _places(run)}
@@ -609,12 +609,15 @@ def _identity(run: Run, gate: Mapping[str, Any], now: datetime) -> dict[str, Any
     return known | {"headline": headline(gate), "reason": literal(one_reason(gate))}
 
 
-def _validated(run: Run, validation: Mapping[str, Any]) -> dict[str, Any]:
-    "Phase 4 as scripts read it."
+def _validated(run: Run, metrics: Mapping[str, Any], whole: bool) -> dict[str, Any]:
+    "Phase 4 as scripts read it: passed when it came to its end and the audit can repeat it."
     named = ("accuracy.html", "optimization.html")
     made = [n for n in named if (run.pages / n).is_file()]
-    own = {"status": "passed", "optimizer_best_config": None, "reports_generated": made}
-    return own | dict(validation)
+    status, results = "passed" if whole else "failed", metrics.get("validation_results", {})
+    search = results.get("optimizer_validation", {})
+    best = search if search.get("searched") else None  # what a search on this run found
+    own = {"status": status, "optimizer_best_config": best, "reports_generated": made}
+    return own | dict(metrics["validation"])
 
 
 def _places(run: Run) -> dict[str, str]:

@@ -571,9 +571,9 @@ def _require_place(asked: _Asked, manifest: Mapping[str, Any]) -> None:
     allowed = [e for e in gate.get("environments", ()) if gate.get("passed") and e in signed]
     if asked.environment not in allowed:
         flags = ", ".join(manifest["audit"]["risk_flags"])
-        fix = f"The audit's risk flags: {flags}; see `sensequant audit`" if flags else None
+        why = f"The audit's risk flags: {flags}; see `sensequant audit`" if flags else None
         must = f"the gate's verdict and the audit must allow {asked.environment}"
-        raise GateError(must, ", ".join(allowed) or "nowhere", asked.where, fix)
+        raise GateError(must, ", ".join(allowed) or "nowhere", asked.where, why)
 
 # %% ../../nbs/7_govern/75_release.ipynb #da0be5cb
 def _spans_in(
