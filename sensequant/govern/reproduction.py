@@ -276,6 +276,8 @@ class Reproduction:
         "How it ended, in words."
         told = ", ".join(f"{n:,} {s}" for s, n in self.counts.items())
         word = "The run came out again" if self.equal else "The run did NOT come out again"
+        if self.ended.status != "success":
+            word = f"The second run ended {self.ended.status}, before its verdict"
         return f"{word}: {len(self.rows):,} files, {told}."
 
 

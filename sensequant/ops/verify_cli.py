@@ -144,6 +144,7 @@ def reproduce(
         say(_answer(again, home))
     else:
         if again.ended.status != "success":
-            say(f"The second run ended {again.ended.status}: {again.ended.message}")
-        say("\n".join([*_listed(again), again.sentence, f"Second run  {home}"]))
+            say(again.ended.message)
+        lines = [] if again.ended.status == "interrupted" else _listed(again)
+        say("\n".join([*lines, again.sentence, f"Second run  {home}"]))
     raise typer.Exit(_code(again))
