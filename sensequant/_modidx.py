@@ -2894,6 +2894,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'sensequant/govern/findings.py'),
                                             'sensequant.govern.findings._models': ( '7_govern/findings.html#_models',
                                                                                     'sensequant/govern/findings.py'),
+                                            'sensequant.govern.findings._over': ( '7_govern/findings.html#_over',
+                                                                                  'sensequant/govern/findings.py'),
                                             'sensequant.govern.findings._places': ( '7_govern/findings.html#_places',
                                                                                     'sensequant/govern/findings.py'),
                                             'sensequant.govern.findings._reasoned': ( '7_govern/findings.html#_reasoned',
