@@ -245,8 +245,8 @@ def plain(path):
     "All that a file says, as text."
     if path.suffix == ".zst":
         return pa.input_stream(path, compression="zstd").read().decode()
-    if path.suffix == ".model":
-        return path.read_bytes().decode("latin-1")  # a zip of stored files
+    if path.suffix in (".model", ".png"):  # a zip of stored files, or a picture
+        return path.read_bytes().decode("latin-1")
     if path.suffix == ".parquet":
         table = pq.read_table(path)
         return f"{pq.read_schema(path).metadata}{table.to_pandas().reset_index().to_csv()}"
