@@ -33,19 +33,24 @@ from sensequant.govern.approvals import (
     verify_approval,
 )
 from .audit import audit_checks
+from .briefing import briefing_text, section_text
+from .bundle import standing_of
+from .findings import build_briefing
 from .judgement import check_trial, manifest_heads
 from sensequant.govern.manifest import (
     MANIFEST,
+    began_at,
     code_version,
     environment,
     model_set,
     parse_manifest,
 )
+from .pages import briefing_top
 from .promotion import Register, known_key, register_path
 from ..learn.batch import load_window_student, load_window_teacher
 from ..learn.records import read_window_runs
 from ..learn.tables import read_recipe
-from ..ops.orchestrator import PHASES, render_again, render_phase
+from ..ops.orchestrator import PHASES, render_again, render_phase, settings_of
 
 # %% ../../nbs/7_govern/785_verification.ipynb #7f4edf19
 @dataclass(frozen=True)
@@ -448,7 +453,7 @@ def _evidence(case: _Case) -> list[Finding]:
         checks += [check_trial(run, held[-1])] if held else []
     return [Finding(c.name, c.must, c.found, c.passed) for c in checks]
 
-# %% ../../nbs/7_govern/785_verification.ipynb #6ae4f74f
+# %% ../../nbs/7_govern/785_verification.ipynb #5a243bf6
 def _briefing(case: _Case) -> list[Finding]:
     "Every form of the briefing names the manifest that lies there."
     forms = {
@@ -464,7 +469,67 @@ def _briefing(case: _Case) -> list[Finding]:
     must = "every form of the briefing must name the manifest's hash"
     return _rows("briefing", must, faults, f"{len(forms)} forms name it")
 
+# %% ../../nbs/7_govern/785_verification.ipynb #09b8827d
+_GIST = ("run_id", "status", "simulated", "headline", "environments", "recommendation")
 
+
+def _words_again(case: _Case, held: dict[str, Any]) -> dict[str, Any]:
+    "The briefing, made again from what was signed; which report pages there were is taken over."
+    run = case.run
+    same = _same_code(case)
+    sure = standing_of(run).sentence if same else str(held["certificate"])
+    settings = settings_of(run.artifacts.read_json("config.json"))
+    made = build_briefing(run, sure, settings, case.manifest or {}, began_at(run.run_id))
+    told = json.loads(json_bytes(made))
+    told["validation"]["reports_generated"] = held["validation"]["reports_generated"]
+    return told if same else _gist(told)
+
+
+def _gist(briefing: Mapping[str, Any]) -> dict[str, Any]:
+    "The verdict and each figure of a briefing, whatever its words."
+    figures = {f["key"]: (f["value"], f["text"]) for f in briefing["figures"]}
+    checks = [(c["name"], c["passed"], c["measured"]) for c in briefing["gate"]["checks"]]
+    return {n: briefing[n] for n in _GIST} | {"figures": figures, "checks": checks}
+
+
+def _seen(text: str) -> str:
+    "What a reader sees of HTML."
+    return " ".join(BeautifulSoup(text, "html.parser").get_text(" ").split())
+
+
+def _parts(briefing: Mapping[str, Any]) -> list[str]:
+    "What the notebook of a briefing shows word for word; its top has the summary on cards."
+    sections = (s for s in briefing["sections"] if s["key"] != "summary")
+    return [_seen(briefing_top(briefing)), *(section_text(s).strip() for s in sections)]
+
+
+def _outputs(notebook: Path) -> str:
+    "All text that an executed notebook shows."
+    cells = json.loads(notebook.read_text("utf-8"))["cells"]
+    data = [o["data"] for c in cells for o in c.get("outputs", []) if "data" in o]
+    words = ["".join(d["text/markdown"]) for d in data if "text/markdown" in d]
+    return "\n".join([*words, *(_seen("".join(d["text/html"])) for d in data if "text/html" in d)])
+
+
+def _worded(case: _Case) -> list[Finding]:
+    "The briefing says what the signed evidence says, in each of its forms."
+    if case.manifest is None or not case.path("promotion_briefing.json").is_file():
+        return []
+    held = json.loads(case.path("promotion_briefing.json").read_bytes())
+    again, same, faults = _words_again(case, held), _same_code(case), {}
+    if again != (held if same else _gist(held)):
+        faults["promotion_briefing.json"] = "not what the signed evidence says"
+    if case.path("promotion_briefing.md").read_text("utf-8") != briefing_text(held):
+        faults["promotion_briefing.md"] = "not what promotion_briefing.json says"
+    shown = _outputs(case.path("7_briefing.ipynb"))
+    if lacking := [p for p in _parts(held) if p not in shown]:
+        faults["7_briefing.ipynb"] = (
+            f"shows no {lacking[0][:60]!r}, as promotion_briefing.json says"
+        )
+    must = "the briefing must say what was signed"
+    return _rows("words", must, faults, f"{len(held['figures'])} figures come out again")
+
+# %% ../../nbs/7_govern/785_verification.ipynb #6ae4f74f
 def _again(case: _Case, home: Path) -> Run:
     "The run with pages of its own, everything else being where it is."
     for name in ("runs", "data"):
@@ -546,6 +611,7 @@ _BYTES: tuple[_Step, ...] = (  # name, what looks, file that is blamed when it c
     ("briefing", _briefing, "promotion_briefing.json"),
 )
 _MADE: tuple[_Step, ...] = (
+    ("words", _worded, "promotion_briefing.json"),
     ("models", _models, "student_runs.json"),
     ("evidence", _evidence, ""),
     ("pages", _pages, ""),
