@@ -215,8 +215,10 @@ def _luck_figures(stats: Mapping[str, Any]) -> tuple[Figure, ...]:
     n, enough = tried["n_trials"], _track_record(net["min_track_record"], stats["n_sessions"])
     chance, many = (".3f", "%", 100.0), stats["bootstrap_samples"]
     return (
-        figure_of("ic_t", "t-value of the rank IC", ic["t"], (".2f", ""), _chance(ic["p"], ic["t"])),
-        figure_of("alpha_t", "t-value of the net alpha", a["t"], (".2f", ""), _chance(a["p"], a["t"])),
+        figure_of("ic_t", "t-value of the rank IC", ic["t"], (".2f", ""),
+                  _chance(ic["p"], ic["t"])),
+        figure_of("alpha_t", "t-value of the net alpha", a["t"], (".2f", ""),
+                  _chance(a["p"], a["t"])),
         figure_of("psr", "chance that the true Sharpe ratio is above 0", net["psr"], chance,
                   enough),
         figure_of("dsr", "the same, after counting every try", tried["dsr"], chance,
