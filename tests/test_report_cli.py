@@ -148,6 +148,8 @@ def test_the_page_needs_nothing_else_and_says_what_it_is_about(reported):
     assert links.fetched and all(v.startswith("data:image/png") for v in links.fetched)
     assert len(links.fetched) == 7 and "script" not in links.tags
     assert links.followed == ["index.html"]
+    front = Links((reported.pages / "index.html").read_text("utf-8"))
+    assert "accuracy.html" in front.followed  # the run's front page leads to it
     for words in (reported.run_id, "simulated market", "How accurate was it", 'class="badge ok"'):
         assert words in page, words
     assert "right_swing_frac = " not in page  # parameters are not shown

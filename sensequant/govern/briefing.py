@@ -60,9 +60,10 @@ def one_reason(
     if gate["status"] == "not-proposed":
         return "The run was not asked to propose itself, so the last conditions were not read."
     if gate["reasons"]:
-        more = len(gate["reasons"]) - 1
-        rest = f" {more} more {'reasons follow' if more > 1 else 'reason follows'}." if more else ""
-        return f"It was found that a condition does not hold: {gate['reasons'][0]}.{rest}"
+        unread = sum(not c["read"] and not c["passed"] for c in gate["checks"])
+        more, first = len(gate["reasons"]) - 1 - unread, gate["reasons"][0]
+        rest = f" {more} more {'conditions fail' if more > 1 else 'condition fails'}."
+        return f"{first[:1].upper()}{first[1:]}.{rest if more > 0 else ''}"
     held = {c["name"]: c for c in gate["checks"]}
     luck, paid = held.get("signal"), held.get("profit")
     if not luck or not paid or luck.get("value") is None or paid.get("value") is None:

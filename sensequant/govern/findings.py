@@ -95,6 +95,7 @@ WHERE = {  # key of a figure to its place in stat_tests.json
 
 def key_figures(
     stats: Mapping[str, Any],  # stat_tests.json
+    judged: float | None = None,  # net alpha that the gate asks about, a session
 ) -> tuple[Figure, ...]:  # eight
     "What a reader takes away."
     a, net, ic, market = stats["alpha"], stats["net"], stats["rank_ic"], stats["benchmark"]
@@ -103,7 +104,8 @@ def key_figures(
     return (
         figure_of("rank_ic", "rank IC", ic["mean"], ("+.4f", ""),
                   f"With a t-value of {_text(ic['t'], '.1f')} over {ic['n_dates']} sessions."),
-        figure_of("net_alpha", "net alpha", a["daily"], BPS, _between(a["interval"], BPS)),
+        figure_of("net_alpha", "net alpha", a["daily"], BPS,
+                  _between(a["interval"], BPS) + _over(market["name"], a["daily"], judged)),
         figure_of("net_sharpe", "net Sharpe ratio", net["sharpe"], RATIO,
                   _between(net["sharpe_interval"], RATIO) + _beside(market["sharpe"], RATIO)),
         figure_of("net_return", "net return", net["annualised_return"], A_YEAR,
@@ -116,6 +118,14 @@ def key_figures(
         figure_of("sessions", "sessions out of sample", stats["n_sessions"], (",.0f", "sessions"),
                   f"{span}."),
     )  # fmt: skip
+
+
+def _over(name: str, alpha: float | None, judged: float | None) -> str:
+    "Which benchmark an alpha is over, where the gate asks for another one."
+    if judged is None or alpha is None or abs(judged - alpha) < 5e-7:
+        return ""
+    asked = figure_of("", "", judged, BPS).text
+    return f"Over {literal(name)}; over the equal-weight universe, as the gate asks: {asked}."
 
 
 def _text(value: float | None, form: str) -> str:
@@ -355,8 +365,9 @@ def deployed_section(
         said = "No model is deployed, so there is nothing to compare with: this would be the first."
         return Section("deployed", title, (said,))
     before, n = "baseline", how.get("sessions_shared")
-    said = (f"No model is deployed that shares its sessions with this one, so it is held against "
-            f"the baseline on {n} sessions.")  # fmt: skip
+    notes = " ".join(map(str, how.get("notes", ()))).count("nothing is deployed")
+    none = "is deployed" if notes == 2 else "that is deployed shares enough sessions with this one"
+    said = f"No model {none}, so it is held against the baseline on {n} sessions."
     if how.get("kind") == "deployed":
         before = "deployed"
         release, place = literal(how.get("release_id")), literal(how.get("environment"))
@@ -535,7 +546,9 @@ def summary_section(
     go = f"It may go to {where} once it is signed." if where else "It may not be deployed."
     told = f"{datetime.fromisoformat(briefing['timestamp']):%Y-%m-%d %H:%M} IST"
     who = f"Run `{briefing['run_id']}`, status **{briefing['status']}**, told {told}. {go}"
-    figures = _reasoned(key_figures(stats), stats)
+    checks = dig(briefing, "gate", "checks") or ()
+    asked = next((c.get("value") for c in checks if c["name"] == "profit"), None)
+    figures = _reasoned(key_figures(stats, asked), stats)
     return Section("summary", "In short", (who, briefing["certificate"]), figures)
 
 

@@ -122,6 +122,7 @@ def _bring_ledger(run: Run, twin: Run, manifest: Mapping[str, Any]) -> list[str]
 # %% ../../nbs/7_govern/787_reproduction.ipynb #96d599f1
 TIMES = ("timestamp", "duration_seconds", "tries", "incremental", "device")  # of a window's line
 _OWN = ("files", "events", "code", "environment", "rollback_plan")  # blocks of a manifest
+_SHOWS_OWN = ("events.jsonl", 'manifest["code"]')  # cells that show what is told elsewhere
 _HASH = re.compile(rb"\b[0-9a-f]{64}\b")
 
 
@@ -143,7 +144,8 @@ def first_difference(
         return next(filter(None, (first_difference(a, b, f"{at}{k}.") for k, (a, b) in pairs)), "")
     if one == other or (one != one and other != other):
         return ""
-    return f"{at.rstrip('.') or 'it'}: {str(one)[:60]} and {str(other)[:60]}"
+    one, other = (" ".join(str(v).split())[:60] for v in (one, other))
+    return f"{at.rstrip('.') or 'it'}: {one} and {other}"
 
 # %% ../../nbs/7_govern/787_reproduction.ipynb #032d0f03
 def _without_times(value: Any) -> Any:
@@ -154,12 +156,13 @@ def _without_times(value: Any) -> Any:
 
 
 def _cells(data: bytes) -> list[dict[str, Any]]:
-    "What an executed notebook says, its times apart, and what it shows of the events, which are."
+    "What an executed notebook says, apart from its times, the events, and the version of the code."
     cells = nbformat.reads(data.decode(), as_version=4).cells
     kept = ("output_type", "name", "text", "data")
     told = []
     for c in cells:
-        outputs = [] if "events.jsonl" in c.source else c.get("outputs", [])
+        own = any(word in c.source for word in _SHOWS_OWN)
+        outputs = [] if own else c.get("outputs", [])
         shown = [{k: o[k] for k in kept if k in o} for o in outputs]
         told.append({"source": c.source, "outputs": shown})
     return told

@@ -8,7 +8,7 @@ __all__ = ['PHASES', 'TEACHER_KEYS', 'STUDENT_KEYS', 'CHECKLIST_KEYS', 'GROUPED'
            'recipe_of', 'plan_run', 'state_of', 'begin_run', 'claim_run', 'done_phases', 'undo_rest', 'Interrupts',
            'phase_environment', 'PhaseFailed', 'execute_phase', 'warnings_of', 'traceback_of', 'Watcher', 'Silent',
            'followed', 'Ended', 'verdict_of', 'sweep', 'go_on', 'count_windows', 'render_phase', 'render_front',
-           'render_again']
+           'refresh_front', 'render_again']
 
 # %% ../../nbs/9_ops/93_orchestrator.ipynb #29690020
 import errno
@@ -875,15 +875,22 @@ def render_front(ended: Ended) -> Path:  # index.html
     return write_page(run.pages / "index.html", frame_page(heading, body))
 
 # %% ../../nbs/9_ops/93_orchestrator.ipynb #5c4753fa
-def render_again(run: Run) -> Path:  # index.html
-    "Make every page of a run anew from its executed notebooks."
+def refresh_front(run: Run) -> Path:  # index.html
+    "Write a run's front page and the list of runs anew, as when a page was added."
     with run.state as state:
-        record, held = state.run(run.run_id), state.phases(run.run_id)
-    for phase in PHASES:
-        if phase.name in held:
-            render_phase(run, phase, held[phase.name].status, held[phase.name].duration_seconds)
+        record = state.run(run.run_id)
     stopped = Ended(run, record.status, "", record.message or "No verdict yet")
     ended = verdict_of(run) if record.status == "success" else stopped
     front = render_front(ended)
     _list_runs(run)
     return front
+
+
+def render_again(run: Run) -> Path:  # index.html
+    "Make every page of a run anew from its executed notebooks."
+    with run.state as state:
+        held = state.phases(run.run_id)
+    for phase in PHASES:
+        if phase.name in held:
+            render_phase(run, phase, held[phase.name].status, held[phase.name].duration_seconds)
+    return refresh_front(run)

@@ -100,7 +100,7 @@ def _where(environment: str | None, home: Path) -> str:
 def _age(saw_until: str, at: datetime) -> str:
     "How old the newest thing is that a model has learned from."
     saw = datetime.fromisoformat(saw_until)
-    return f"learned until {saw:%Y-%m-%d}, {(at - saw).days} days ago"
+    return f"learned until {saw:%Y-%m-%d}, {(at.date() - saw.date()).days} days ago"
 
 
 def _model_lines(models: dict[str, Any], at: datetime) -> list[str]:

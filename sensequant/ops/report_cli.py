@@ -253,6 +253,14 @@ def _title(notebook: Any) -> str:
     return next(lines, "# Report")[2:].strip()
 
 
+def _link_page(subject: Subject, home: Path) -> None:
+    "A run's front page links what lies beside it."
+    from sensequant.ops import orchestrator as o
+
+    if not Path(subject.run_id).is_absolute():
+        o.refresh_front(o.open_run(subject.run_id, home))
+
+
 def make_report(
     word: str,  # id of a run, latest, or a folder
     kind: str,  # name of a notebook in nbs/reports
@@ -278,7 +286,9 @@ def make_report(
     heading = Heading(_title(done), "success", (*subject.facts, kind), subject.links)
     page = frame_page(heading, notebook_body(done))
     if form == "html":
-        return write_page(target, page)
+        written = write_page(target, page)
+        _link_page(subject, home)
+        return written
     write_together({target: pdf_bytes(page, subject.pages)})
     return target
 
