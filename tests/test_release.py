@@ -30,7 +30,7 @@ from sensequant.data.runs import Run
 from sensequant.govern import release as r
 from sensequant.govern.approvals import approvals_folder, new_key, public_path
 from sensequant.govern.manifest import build_manifest, parse_manifest, write_manifest
-from sensequant.govern.promotion import Register, approve, register_path, reject
+from sensequant.govern.promotion import Register, approve, register_path, reject, user_name
 from sensequant.learn.models import _zip
 
 FRIDAY = moment("2026-06-05T16:00")
@@ -224,7 +224,11 @@ def test_a_manifest_that_only_one_of_three_names(house):
 
 
 @pytest.mark.parametrize(
-    "name", ["student.model", "config.json", "inputs.json", "recipe.json", "trades.parquet"]
+    "name",
+    [
+        *("student.model", "config.json", "inputs.json", "recipe.json", "trades.parquet"),
+        *("verdict.json", "student_runs.json", "AAA.parquet"),  # evidence that is not copied
+    ],
 )
 def test_a_file_that_was_swapped_after_the_approval(house, name):
     path = next(Run(A, house.home).folder.rglob(name))
@@ -262,6 +266,18 @@ def test_a_link_out_of_the_run(house, tmp_path, deep):
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
     require_refused(house, A, "staging", "a symbolic link on the way")
+
+
+@pytest.mark.parametrize("name", ["staging", "staging/releases"])
+def test_a_link_in_place_of_the_folder_of_releases(house, tmp_path, name):
+    "Nothing is written where somebody else may own the folder."
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    link = house.home / "data" / "models" / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(outside)
+    require_refused(house, A, "staging", "a symbolic link")
+    assert not list(outside.iterdir())
 
 
 def test_a_pipe_in_place_of_a_file_holds_nobody_up(house):
@@ -877,6 +893,13 @@ def test_deploy_shows_asks_and_does(house):
     said = typed("deploy", A, "-e", "staging", answer="yes\n")
     assert (said.exit_code, active(house)) == (0, release_of(A)), said.output
     assert "Watched     closely" in said.stdout
+
+
+def test_who_deploys_is_the_user_the_system_knows(house, monkeypatch):
+    monkeypatch.setenv("LOGNAME", "the chief")
+    typed("deploy", A, "--environment", "staging", "--yes", release_of(A))
+    with Register(register_path(house.home)) as register:
+        assert {row["by"] for row in register.rows("deploy")} == {user_name()} != {"the chief"}
 
 
 def test_a_script_spells_the_release_out(house):

@@ -18,6 +18,7 @@ from sensequant.core.events import read_events
 from sensequant.core.state import State
 from sensequant.data.runs import Run
 from sensequant.govern import run_index as x
+from sensequant.govern.promotion import Register, register_path
 from sensequant.ops.main import app
 from sensequant.ops.orchestrator import render_again
 
@@ -173,6 +174,24 @@ def test_a_damaged_state_does_not_take_the_list_away(tmp_path):
     page = page_of(x.write_index(tmp_path))
     assert list(rows_of(page)) == ["live_candidate_20240301_093000"]
     assert page.get_text().count("cannot be read") == 2
+
+
+def test_a_validation_is_no_deleted_run(tmp_path):
+    run, name = small_run(tmp_path, "live_candidate_20260101_100000"), "validation_20260101_110000"
+    with run.state as state:
+        state.start_run(name, {"kind": "validation"}, os.getpid(), True)
+        state.finish_run(name, "success")
+    lines, notes = x.run_lines(tmp_path)
+    assert ([line.run_id for line in lines], notes) == ([run.run_id], [])
+
+
+def test_a_run_whose_process_died_keeps_its_release(tmp_path):
+    run = small_run(tmp_path, "live_candidate_20260101_100000")
+    with run.state as state:
+        state.start_run(run.run_id, {}, 2**22 + 1, True)
+    Register(register_path(tmp_path)).move(run.run_id, "candidate", by="gate", why="judged")
+    (line,), _ = x.run_lines(tmp_path)
+    assert (line.status, line.release) == ("interrupted", "candidate")
 
 
 def test_a_run_taken_up_again_shows_no_stale_verdict(tmp_path):

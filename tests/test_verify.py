@@ -87,7 +87,7 @@ def test_a_signed_run_is_whole(signed_run):
     assert (seen.whole, seen.faults) == (True, []), seen.faults
     found = {c.name: c.found for c in seen.checks}
     names = "links record files strangers manifest signed events candidate ledger head register"
-    more = "approvals briefing models rescore returns trial pages"
+    more = "approvals briefing words models rescore returns trial pages"
     assert set(found) >= {*names.split(), *more.split(), "model set", "windows", "lineage"}
     assert found["approvals"] == "2 signatures hold"
     assert "2 heads of signatures among them; approved" in found["register"]
@@ -155,6 +155,43 @@ def test_pages_of_another_version_must_say_the_same(own_run, monkeypatch):
     (wrong,) = [f.where for f in verification._pages(case) if not f.passed]
     assert wrong == f"reports/{own_run.run_id}/4_validate.html"
     assert any("ab" * 20 in note for note in verify_run(own_run, deep=False).notes)
+
+
+def forged_briefing(run, *names):
+    "The Sharpe ratio of the briefing changed in some of its forms, with the record put right."
+    held = run.artifacts.read_json("promotion_briefing.json")
+    told = next(f["text"] for f in held["figures"] if f["key"] == "net_sharpe")
+    for name in names:
+        text = (run.folder / name).read_text()
+        assert told in text
+        (run.folder / name).write_text(text.replace(told, "+9.99"))
+        rewrite(run, name)
+
+
+@pytest.mark.parametrize("commit", ["the run's", "another"])
+@pytest.mark.parametrize(
+    ("names", "blamed"),
+    [
+        (["promotion_briefing.md"], {"promotion_briefing.md"}),
+        (["7_briefing.ipynb"], {"7_briefing.ipynb"}),
+        (
+            ["promotion_briefing.json", "promotion_briefing.md", "7_briefing.ipynb"],
+            {"promotion_briefing.json"},
+        ),
+    ],
+)
+def test_a_forged_briefing_is_named_although_it_is_on_record(
+    own_run, monkeypatch, names, blamed, commit
+):
+    "The manifest is older than the briefing, so its figures must come out of the evidence again."
+    case = verification._Case(own_run)
+    code = case.manifest["code"] | ({"commit": "ab" * 20} if commit == "another" else {})
+    monkeypatch.setattr(verification, "code_version", lambda: code)
+    assert all(f.passed for f in verification._worded(case))
+    forged_briefing(own_run, *names)
+    assert not quick(own_run)
+    found = verification._worded(verification._Case(own_run))
+    assert {f.where for f in found if not f.passed} == blamed, found
 
 
 def test_a_changed_byte_of_keys_and_signatures_is_named(own_run):

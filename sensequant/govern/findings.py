@@ -40,9 +40,9 @@ from sensequant.govern.briefing import (
     table_of,
     training_section,
 )
+from .weighing import age_in_sessions
 from ..learn.records import count_outcomes, read_window_runs
 from ..learn.tables import read_recipe
-from ..market.calendar import sessions
 
 # %% ../../nbs/7_govern/789_findings.ipynb #65596eb7
 PERCENT = ("+.2f", "%", 100.0)
@@ -199,25 +199,38 @@ def results_section(
     return Section("results", "Results", words, figures, tables)
 
 # %% ../../nbs/7_govern/789_findings.ipynb #5b04deb0
-def _chance(p: float | None) -> str:
-    "A probability of luck in a sentence."
-    if p is None:
+def _chance(p: float | None, value: float | None) -> str:
+    "A two-sided probability of luck in a sentence; only a figure above 0 can be skill."
+    if p is None or value is None:
         return "It could not be computed. "
+    if value <= 0:
+        return "It is not above 0: luck alone does better in most samples. "
     if p < 1e-4:
-        return "Luck alone would do as well less than once in 10,000 samples. "
-    return f"Luck alone would do as well about once in {1 / p:,.0f} samples. "
+        return "Luck alone would go as far from 0 less than once in 10,000 samples. "
+    if p > 0.5:
+        return f"Luck alone would go as far from 0 in {100 * p:.0f} % of all samples. "
+    return f"Luck alone would go as far from 0 about once in {1 / p:,.0f} samples. "
+
+
+def _track_record(enough: float | None, n_sessions: int) -> str:
+    "How long a record must be to tell a Sharpe ratio from none."
+    if enough is None:
+        return "No record is long enough to show it of a Sharpe ratio that is not above 0."
+    return f"{enough:,.0f} sessions are needed to be 95 % sure of it; there are {n_sessions:,}."
 
 
 def _luck_figures(stats: Mapping[str, Any]) -> tuple[Figure, ...]:
     "How likely it is luck."
     ic, a, net, tried = stats["rank_ic"], stats["alpha"], stats["net"], stats["trials"]
-    n, enough = tried["n_trials"], _text(net["min_track_record"], ",.0f")
+    n, enough = tried["n_trials"], _track_record(net["min_track_record"], stats["n_sessions"])
     chance, many = (".3f", "%", 100.0), stats["bootstrap_samples"]
     return (
-        figure_of("ic_t", "t-value of the rank IC", ic["t"], (".2f", ""), _chance(ic["p"])),
-        figure_of("alpha_t", "t-value of the net alpha", a["t"], (".2f", ""), _chance(a["p"])),
+        figure_of("ic_t", "t-value of the rank IC", ic["t"], (".2f", ""),
+                  _chance(ic["p"], ic["t"])),
+        figure_of("alpha_t", "t-value of the net alpha", a["t"], (".2f", ""),
+                  _chance(a["p"], a["t"])),
         figure_of("psr", "chance that the true Sharpe ratio is above 0", net["psr"], chance,
-                  f"{enough} sessions would have been enough to be sure of it."),
+                  enough),
         figure_of("dsr", "the same, after counting every try", tried["dsr"], chance,
                   f"{n} {'tries are' if n != 1 else 'try is'} on record in the ledger; the best of "
                   "many looks good by luck, and that is taken off."),
@@ -236,7 +249,7 @@ def _compared_figures(
     base, all_ = stats["baseline"], validation["overall"]
     wins = stats["walk_forward"]
     said = f"The baseline ({literal(base['name'])}) has {_text(base['sharpe'], '+.2f')}. "
-    luck = _between(base["interval"], RATIO) + said + _chance(base["p"])
+    luck = _between(base["interval"], RATIO) + said + _chance(base["p"], base["sharpe_difference"])
     named = f"{_text(100 * all_['accuracy'], '.1f')} % against a base rate of "
     named += f"{_text(100 * all_['base_rate'], '.1f')} %, over {all_['n']:,} predictions."
     return (
@@ -392,7 +405,7 @@ def models_section(
     if not dated:
         return Section("models", title, missing="no student was trained")
     oldest, newest = (datetime.fromisoformat(d).date() for d in (dated[0], dated[-1]))
-    days, behind = (now.date() - newest).days, max(len(sessions(newest, now.date())) - 1, 0)
+    days, behind = (now.date() - newest).days, age_in_sessions(newest, now)
     kind = "One for all shares" if scope == "pooled" else "The newest of each symbol"
     said = (
         "The evidence is about the procedure: each student was scored on the window after its own, "

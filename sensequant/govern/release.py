@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RUN_ID', 'RELEASE_ID', 'POINTER', 'RECORD', 'FULL_SESSION', 'models_folder', 'release_folder', 'read_inside',
            'market_hours', 'after_market_hours', 'full_sessions', 'watch_terms', 'pointed', 'Release', 'history',
-           'read_release', 'active_release', 'read_release_settings', 'load_models', 'DeploymentBusy',
+           'faults_inside', 'read_release', 'active_release', 'read_release_settings', 'load_models', 'DeploymentBusy',
            'deployment_turn', 'staged_sessions', 'Deployment', 'plan_deployment', 'settle', 'deploy', 'plan_rollback',
            'rollback', 'release_status']
 
@@ -326,10 +326,12 @@ def _on_disk(folder: Path) -> list[str]:
     return sorted(found)
 
 # %% ../../nbs/7_govern/75_release.ipynb #75062d38
-def _faults(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    "Files of a release that are missing, changed, or not its own."
-    strange = set(_on_disk(folder)) - set(files) - {RECORD}
-    wrong = [f"{p} is not part of it" for p in sorted(strange)]
+def faults_inside(
+    folder: Path,  # that the files must lie in
+    files: Mapping[str, Mapping[str, Any]],  # path to sha256
+) -> list[str]:  # in the order given; empty when all are there and unchanged
+    "Files that are missing, reached by a link, or changed."
+    wrong = []
     for path, about in files.items():
         try:
             data = read_inside(folder, path)
@@ -339,6 +341,12 @@ def _faults(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
             same = hashlib.sha256(data).hexdigest() == about["sha256"]
             wrong += [] if same else [f"{path} has changed"]
     return wrong
+
+
+def _faults(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    "Files of a release that are missing, changed, or not its own."
+    strange = set(_on_disk(folder)) - set(files) - {RECORD}
+    return [f"{p} is not part of it" for p in sorted(strange)] + faults_inside(folder, files)
 
 # %% ../../nbs/7_govern/75_release.ipynb #cea8f11e
 def read_release(
@@ -492,6 +500,15 @@ def _require_run(asked: _Asked) -> None:
         raise GateError("a run must have a folder of its own", found, folder)
 
 
+def _require_own_folders(asked: _Asked) -> None:
+    "Refuse to write where a link leads."
+    place = models_folder(asked.home, asked.environment)
+    for folder in (place, place / "releases"):
+        if folder.is_symlink():
+            fix = "Put the folder itself there; a disk of its own can be mounted on it"
+            raise GateError("releases must lie in their own folder", "a symbolic link", folder, fix)
+
+
 def _require_new(asked: _Asked) -> str | None:  # what is active now
     "Refuse what is active already, and what lies there already."
     active, release_id = pointed(asked.home, asked.environment), release_id_of(asked.run_id)
@@ -638,6 +655,14 @@ def _sources(
     return {p: p for p in (*_CONFIGS, *listed)} | {f"evidence/{p}": p for p in _EVIDENCE}
 
 # %% ../../nbs/7_govern/75_release.ipynb #1adec8f5
+def _require_evidence(asked: _Asked, manifest: Mapping[str, Any]) -> None:
+    "Refuse a run of which any file is not the one that was signed, copied or not."
+    if wrong := faults_inside(asked.run.folder, manifest["files"]):
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        must, fix = "every file must be as it was signed", "A file changed after it was signed"
+        raise DataError(must, "; ".join(wrong[:5]) + more, asked.run.folder, fix)
+
+
 def _features(data: bytes, where: object) -> tuple[str, ...]:
     "The columns that a teacher, and so its student, was made for."
     try:
@@ -707,6 +732,7 @@ def plan_deployment(
     asked = _Asked(Path(home), run_id, environment, _moment(now), settings or load_settings())
     models_folder(home, environment)
     _require_run(asked)
+    _require_own_folders(asked)
     replaces, where = _require_new(asked), asked.run.folder / MANIFEST
     data = read_inside(asked.run.folder, MANIFEST)
     manifest, sha256 = parse_manifest(data, where), hashlib.sha256(data).hexdigest()
@@ -721,6 +747,7 @@ def plan_deployment(
     models = _read_models(asked, manifest, files)
     if environment == "production":
         _require_speaking(asked, models)
+    _require_evidence(asked, manifest)
     files |= {f"approvals/{role_slug(a.role)}.json": approval_bytes(a) for a in approvals}
     files[MANIFEST] = data
     fixed = (asked.run, environment, asked.at, replaces, manifest, sha256, tuple(approvals))

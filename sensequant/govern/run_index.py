@@ -18,7 +18,7 @@ import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -148,12 +148,13 @@ def _why_not(record: RunRecord | None, briefing: Mapping[str, Any], why: str) ->
 
 # %% ../../nbs/7_govern/78_run_index.ipynb #fe33f950
 def _records(home: Path) -> tuple[dict[str, RunRecord], set[str]]:  # and runs whose process died
-    "What the state knows of every run, by id."
+    "What the state knows of every training run, by id."
     path = home / "data" / "state" / "sensequant.db"
     if not path.is_file():
         return {}, set()
     with State(path) as state:
-        held = {r.run_id: r for r in state.runs(1_000_000)}
+        known = (r for r in state.runs(1_000_000) if "kind" not in r.config)  # no validations
+        held = {r.run_id: r for r in known}
         return held, {r.run_id for r in state.stale_runs()}
 
 
@@ -183,7 +184,7 @@ def run_lines(
     for run_id in sorted({*run_ids(home), *records}, reverse=True):
         line = read_line(Run(run_id, home), records.get(run_id), releases.get(run_id, ""))
         if run_id in stale and line.status == "running":
-            line = RunLine(run_id, "interrupted", "its process died", line.data, line.figures)
+            line = replace(line, status="interrupted", message="its process died")
         lines.append(line)
     return lines, [w for w in (why, why_not) if w]
 

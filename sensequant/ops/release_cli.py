@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['release', 'plan_lines', 'deploy_command', 'watch_lines', 'rollback_command', 'full_status', 'status_command',
-           'manifest_faults', 'manifest_command', 'validate_command', 'audit_command']
+           'manifest_command', 'validate_command', 'audit_command']
 
 # %% ../../nbs/9_ops/915_release_cli.ipynb #4c1eb149
-import getpass
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -159,6 +158,7 @@ def deploy_command(
     stays as the backup that a rollback restores.
     """
     from sensequant.govern import release as r
+    from sensequant.govern.promotion import user_name
 
     with _told():
         home = load_settings().home
@@ -170,7 +170,7 @@ def deploy_command(
         plan = r.plan_deployment(home, run_id, place)
         say("\n".join(plan_lines(plan)))
         _confirm(plan.release_id, yes, f"Deploy {plan.release_id} to {place}?")
-        made = r.deploy(home, run_id, place, by or getpass.getuser())
+        made = r.deploy(home, run_id, place, by or user_name())
         say(f"Active      {made.release_id} in {place} since {made.deployed_at:%Y-%m-%d %H:%M}")
         say(f"Folder      {made.folder}")
         say("\n".join(watch_lines(made.watch, made.deployed_at)))
@@ -208,6 +208,7 @@ def rollback_command(
     back the first release leaves nothing active. --yes names the release that is taken back.
     """
     from sensequant.govern import release as r
+    from sensequant.govern.promotion import user_name
 
     with _told():
         home = load_settings().home
@@ -220,7 +221,7 @@ def rollback_command(
         say(f"Takes back  {left} in {place}")
         say(f"Restores    {restored.release_id if restored else 'nothing: it is the first'}")
         _confirm(left, yes, f"Roll back {left} in {place}?")
-        now = r.rollback(home, place, by or getpass.getuser(), why)
+        now = r.rollback(home, place, by or user_name(), why)
         say(f"Active      {now.release_id if now else 'nothing'} in {place}")
 
 # %% ../../nbs/9_ops/915_release_cli.ipynb #c5b848ba
@@ -293,26 +294,6 @@ def status_command(
     whole = not found["wrong"] and all(a["intact"] for a in places)
     raise typer.Exit(FINISHED if whole else FAILED)
 
-# %% ../../nbs/9_ops/915_release_cli.ipynb #580e0e24
-def manifest_faults(
-    run: Any,  # Run
-    manifest: dict[str, Any],
-) -> list[str]:  # sorted; empty when all is there
-    "Files that are not what the manifest names."
-    import hashlib
-
-    from sensequant.govern.release import read_inside
-
-    wrong = []
-    for path, about in manifest["files"].items():
-        try:
-            found = hashlib.sha256(read_inside(run.folder, path)).hexdigest()
-        except DataError as error:
-            wrong.append(f"{path}: {error.found}")
-        else:
-            wrong += [] if found == about["sha256"] else [f"{path} has changed"]
-    return sorted(wrong)
-
 # %% ../../nbs/9_ops/915_release_cli.ipynb #079c8746
 def _manifest_lines(manifest: dict[str, Any], sha256: str) -> list[str]:
     "The fields of a manifest that a person asks for."
@@ -351,7 +332,7 @@ def manifest_command(run_id: _RUN = "latest") -> None:
 
     from sensequant.data.runs import open_run
     from sensequant.govern.manifest import MANIFEST, parse_manifest
-    from sensequant.govern.release import read_inside
+    from sensequant.govern.release import faults_inside, read_inside
 
     with _told():
         run = open_run(run_id, load_settings().home)
@@ -363,7 +344,7 @@ def manifest_command(run_id: _RUN = "latest") -> None:
         say("\n".join(_manifest_lines(manifest, sha256)))
         if (known := run.artifacts.sha256(MANIFEST)) != sha256:
             raise DataError(f"SHA-256 must be {known}, as the run's record says", sha256, MANIFEST)
-        if wrong := manifest_faults(run, manifest):
+        if wrong := faults_inside(run.folder, manifest["files"]):
             found = f"{len(wrong)}: {'; '.join(wrong[:5])}"
             raise DataError("every file must be as the manifest names it", found, run.folder)
         say(f"Whole       yes, all {len(manifest['files'])} files")
