@@ -291,7 +291,7 @@ def test_a_rejection_leads_with_its_reason(copied_run):
     told = judged_again(copied_run, **changed, environments=[])
     assert (told["status"], told["recommendation"]) == ("rejected", "reject")
     assert told["headline"].startswith("Rejected")
-    assert "net alpha" in told["reason"] and "1 more reason" in told["reason"]
+    assert "net alpha" in told["reason"] and "1 more condition fails" in told["reason"]
     assert GLOSSARY["alpha"] in told["reason"]
     text = briefing_text(told)
     assert [t for t, line in first_uses(text).items() if GLOSSARY[t] not in line] == []
