@@ -1109,6 +1109,16 @@ def test_a_passphrase_is_typed_without_an_echo(say):
     assert PHRASE not in told and "Signed Engineering Lead, Asha" in told
 
 
+def test_who_cannot_type_is_told_how_a_script_signs_and_nothing_is_signed(say, house):
+    told = sign_with(say, LEAD, "Asha", code=3)
+    assert "must be the word approve; found no answer" in told and "a script says --yes" in told
+    told = sign_with(say, LEAD, "Asha", "--yes", code=3, phrase=None)
+    assert "a script sets SIGNING_PASSPHRASE" in told
+    assert "a script says --yes" in say("candidates", "reject", RUN, "--why", "so", code=3)
+    assert register(house[0]).rows("approval") == []
+    assert register(house[0]).state(RUN) in (None, "ready-for-review")
+
+
 @pytest.mark.parametrize(
     ("role", "key", "more", "why"),
     [

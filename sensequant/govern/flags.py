@@ -76,9 +76,10 @@ _KINDS = {  # name: severity, blocks, what, action
     "ledger": ("high", "all", "The chain of trials is not as it was written",
                "Restore the ledger from a copy; no figure of luck holds without it"),
     "nothing_deployed": ("high", "all", "There is no release to look at",
-                         "Deploy an approved one: sensequant release deploy"),
+                         "Deploy an approved one: "
+                         "sensequant release deploy --environment staging"),
     "release": ("high", "all", "What is deployed is not the release that was approved",
-                "Roll it back: sensequant release rollback"),
+                'Roll it back: sensequant release rollback --why "not as approved"'),
     "gate": ("high", "all", "The gate did not pass this candidate",
              "Do not deploy it; read the reasons in its briefing"),
     "coverage": ("high", "all", "Too many sessions are missing from the bars",

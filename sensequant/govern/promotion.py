@@ -88,7 +88,9 @@ def refuse_move(
     ways = ARROWS.get(held, ()) if held else ("candidate",)
     if to not in ways:
         told = f"from {held or 'nowhere'} a candidate goes to {' or '.join(ways) or 'nowhere'}"
-        return GateError(told, to, run_id)
+        active = to == "rejected" and held in ("staged", "deployed")
+        fix = 'Take it back: sensequant release rollback --why "REASON"' if active else None
+        return GateError(told, to, run_id, fix)
     if held == "superseded" and RESTORED_BY not in facts:
         return GateError("only a rollback restores what was superseded", to, run_id)
     return None

@@ -371,7 +371,8 @@ def _register(case: _Case) -> list[Finding]:
         proof, known = register.verify(heads), register.manifest(case.run.run_id)
         stands = register.state(case.run.run_id)
     wrong = proof.wrong or ("" if known == case.digest else f"manifest {known or 'none'}")
-    fine = f"{proof.head.count} rows, {len(heads)} heads of signatures among them; {stands}"
+    seen = f"{proof.head.count} rows, {len(heads)} heads of signatures among them"
+    fine = f"{seen}; {stands or 'no candidate'}"
     return _rows("register", must, {where: wrong} if wrong else {}, fine)
 
 
@@ -633,6 +634,8 @@ def _look(case: _Case, step: _Step) -> list[Finding]:
 def _notes(case: _Case) -> Iterator[str]:
     "In what the run was made otherwise than this code and machine would."
     if case.manifest is None:
+        if not case.path(MANIFEST).exists() and MANIFEST not in case.index:
+            yield "the run has not come to phase 6, and is not whole before that: let it end first"
         return
     then, now = case.manifest["code"], code_version()
     for name in ("package", "commit"):

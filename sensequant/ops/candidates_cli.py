@@ -75,7 +75,25 @@ def _passphrase(
     given: str | None = context.obj
     if given is not None:
         return given
-    return typer.prompt("Passphrase", hide_input=True, confirmation_prompt=twice)
+    try:
+        return typer.prompt("Passphrase", hide_input=True, confirmation_prompt=twice)
+    except typer.Abort:
+        say("")
+        fix = f"Type it at a terminal; a script sets {VARIABLE} for the one command"
+        raise GateError("a passphrase must be given", "none", "input", fix) from None
+
+
+def _said(
+    word: str,  # that means yes
+    purpose: str,
+) -> bool:
+    "Whether a person typed the word; where none can, nothing is done, and a script is told how."
+    try:
+        return bool(typer.prompt(f"Type {word} {purpose}").strip() == word)
+    except typer.Abort:
+        say("")
+        fix = "Nothing was done; a script says --yes"
+        raise GateError(f"the answer must be the word {word}", "no answer", "input", fix) from None
 
 # %% ../../nbs/9_ops/914_candidates_cli.ipynb #87727eaa
 @keys.command("new")
@@ -86,7 +104,8 @@ def make_key(
     """Make a key for a person who may approve, or enrol the one that the person has.
 
     The private part is encrypted in the folder keys_dir and stays with the person; the house keeps
-    the public part. The setting approver_keys, when given, names the only keys that count.
+    the public part. The setting approver_keys, when given, names the only keys that count. The
+    passphrase is typed; a script sets SIGNING_PASSPHRASE for the one command.
 
     Ends with 0 when the key is enrolled, 1 when a file could not be written and 3 when refused.
     """
@@ -104,7 +123,7 @@ def make_key(
         say(f"Fingerprint  {key.fingerprint}")
         say(f"Private      {private_path(settings.keys_dir, name)}; keep it and a copy, alone")
         say(f"Public       {public_path(settings.home, name)}")
-        say(f"Next         sensequant candidates approve latest --role ROLE --key '{key.name}'")
+        say("Next         sensequant candidates show latest")
 
 # %% ../../nbs/9_ops/914_candidates_cli.ipynb #acd3e41c
 def key_rows(
@@ -229,7 +248,7 @@ _NEXT = {
     "approved": "sensequant release deploy {run_id} --environment staging",
     "staged": "sensequant release deploy {run_id} --environment production",
     "deployed": "sensequant release status",
-    "superseded": "sensequant release rollback",
+    "superseded": 'sensequant release rollback --why "WHAT WAS SEEN"',
     "rolled-back": "sensequant run ... --incremental --propose",
     "rejected": "sensequant run ... --incremental --propose",
 }
@@ -371,7 +390,8 @@ def approve_candidate(
     """Sign a candidate's manifest with your key.
 
     Everything is checked first: the manifest, each file it names, the register, the key. Two roles
-    need two people. The last signature that is needed makes the candidate approved.
+    need two people. The last signature that is needed makes the candidate approved. The passphrase
+    is typed; a script sets SIGNING_PASSPHRASE for the one command and says --yes.
 
     Ends with 0 when it is signed, 1 when a file could not be read or written and 3 when refused.
     """
@@ -390,7 +410,7 @@ def approve_candidate(
         case, role, allowed = check_signable(home, run_id, role, environment)
         known_key(case.register, home, key, settings.approver_keys)
         _show_what(case, role, allowed, key)
-        if not yes and typer.prompt("Type approve to sign").strip() != "approve":
+        if not yes and not _said("approve", "to sign"):
             say("nothing was signed")
             raise typer.Exit(MISSED)
         private = load_private(key, _passphrase(context, twice=False), settings.keys_dir)
@@ -413,7 +433,7 @@ def reject_candidate(
     with _refusals():
         settings = load_settings()
         run_id = _latest(settings, run)
-        if not yes and typer.prompt(f"Type reject to reject {run_id} for good").strip() != "reject":
+        if not yes and not _said("reject", f"to reject {run_id} for good"):
             say("nothing was rejected")
             raise typer.Exit(MISSED)
         reject(settings.home, run_id, by or user_name(), why)

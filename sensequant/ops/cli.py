@@ -225,12 +225,19 @@ def close(
         say(f"  - {reason}")
     say(f"Run id     {run.run_id}\nStatus     {ended.verdict or ended.status}")
     say(f"Artifacts  {run.folder}\nReport     {run.pages / 'index.html'}")
+    if ended.status == "failed" and (last := _failed_in(run.folder)):
+        say(f"Traceback  {last}")
     say("Next       " + _next(ended))
     if ended.status == "partial":  # it was asked to stop there
         return FINISHED
     if ended.status != "success":
         return INTERRUPTED if ended.status == "interrupted" else FAILED
     return MISSED if require_pass and ended.verdict != "ready-for-review" else FINISHED
+
+
+def _failed_in(folder: Path) -> Path | None:
+    "The notebook of the phase that stopped a run: the last one there, with what Python said."
+    return max(folder.glob("[1-7]_*.ipynb"), default=None)
 
 
 def _program() -> str:  # with a slash at its end
@@ -440,7 +447,9 @@ def runs(
     if not rows:
         say("no run yet; start one with `make run`")
         return
-    table = Table("run id", "kind", "status", "verdict or message")
+    identity = Column("run id", no_wrap=True, min_width=max(len(r["run_id"]) for r in rows))
+    others = (Column(name, overflow="fold") for name in ("kind", "status", "verdict or message"))
+    table = Table(identity, *others)
     for row in rows:
         table.add_row(*row.values())
     Console().print(table)

@@ -6,7 +6,10 @@
 __all__ = ['main']
 
 # %% ../../nbs/9_ops/999_main.ipynb #8554c2c6
+import inspect
 import sys
+
+import typer
 
 from .audit_cli import audit
 from .broker_cli import breeze, sandbox
@@ -52,6 +55,19 @@ app.add_typer(check, name="check")
 app.add_typer(bench, name="bench")
 
 # %% ../../nbs/9_ops/999_main.ipynb #c2f104de
+def _flow(group: typer.Typer) -> None:
+    "Let the paragraphs of every help text flow, so that a terminal breaks their lines."
+    for command in group.registered_commands:
+        doc = inspect.cleandoc(command.help or getattr(command.callback, "__doc__", None) or "")
+        command.help = "\n\n".join(" ".join(part.split()) for part in doc.split("\n\n"))
+    for inner in group.registered_groups:
+        if inner.typer_instance is not None:
+            _flow(inner.typer_instance)
+
+
+_flow(app)
+
+
 def main() -> None:
     "The entry point `sensequant`."
     for stream in (sys.stdout, sys.stderr):

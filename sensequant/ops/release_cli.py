@@ -75,10 +75,15 @@ def _confirm(
 
 # %% ../../nbs/9_ops/915_release_cli.ipynb #033a4039
 def _find(run_id: str, home: Path) -> str:
-    "The id of a run; the newest one for latest. Whether it is one is asked later."
+    "The id of a run; for latest the newest that reached a verdict, as `candidates` takes it."
     from sensequant.data.runs import open_run
+    from sensequant.govern.promotion import get_latest_candidate_run
 
-    return open_run("latest", home).run_id if run_id == "latest" else run_id
+    if run_id != "latest":
+        return run_id
+    last = open_run("latest", home).run_id  # where there is none, nothing is looked for
+    newest = get_latest_candidate_run(home)
+    return str(newest["run_id"]) if newest else last
 
 
 def _where(environment: str | None, home: Path) -> str:
@@ -92,8 +97,12 @@ def _where(environment: str | None, home: Path) -> str:
         return environment
     active = [e for e in ENVIRONMENTS if pointed(home, e)]
     if len(active) != 1:
-        found = f"{' and '.join(active) or 'neither'} has an active release"
-        raise SettingsError("an environment must be named", found, "--environment")
+        if not active:
+            must, fix = "a release must be active to be taken back", "`sensequant release status`"
+            raise GateError(must, "none in staging or production", home / "data" / "models", fix)
+        fix = f"--environment {' or --environment '.join(active)}"
+        found = f"{' and '.join(active)} each have an active release"
+        raise SettingsError("an environment must be named", found, "--environment", fix)
     return active[0]
 
 # %% ../../nbs/9_ops/915_release_cli.ipynb #09f6806b
@@ -163,7 +172,8 @@ def deploy_command(
     with _told():
         home = load_settings().home
         if environment is None:
-            raise SettingsError("an environment must be named", "none", "--environment")
+            fix = f"--environment {' or --environment '.join(ENVIRONMENTS)}"
+            raise SettingsError("an environment must be named", "none", "--environment", fix)
         place, run_id = _where(environment, home), _find(run_id, home)
         for sentence in r.settle(home):
             say(f"First {sentence}.")
@@ -175,7 +185,7 @@ def deploy_command(
         say(f"Folder      {made.folder}")
         say("\n".join(watch_lines(made.watch, made.deployed_at)))
         say("Next        sensequant release status")
-        say(f"Take back   sensequant release rollback -e {place} --why REASON")
+        say(f'Take back   sensequant release rollback -e {place} --why "REASON"')
 
 # %% ../../nbs/9_ops/915_release_cli.ipynb #e624436b
 def watch_lines(
@@ -214,7 +224,8 @@ def rollback_command(
         home = load_settings().home
         place = _where(environment, home)
         if not why.strip():
-            raise SettingsError("a rollback must say why", "nothing", "--why")
+            fix = '--why "what was seen"; with make, WHY="what was seen"'
+            raise SettingsError("a rollback must say why", "nothing", "--why", fix)
         for sentence in r.settle(home):
             say(f"First {sentence}.")
         left, restored = r.plan_rollback(home, place)
