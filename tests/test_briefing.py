@@ -291,7 +291,7 @@ def test_a_rejection_leads_with_its_reason(copied_run):
     told = judged_again(copied_run, **changed, environments=[])
     assert (told["status"], told["recommendation"]) == ("rejected", "reject")
     assert told["headline"].startswith("Rejected")
-    assert "net alpha" in told["reason"] and "1 more condition fails" in told["reason"]
+    assert "Net alpha" in told["reason"] and "1 more condition fails" in told["reason"]
     assert GLOSSARY["alpha"] in told["reason"]
     text = briefing_text(told)
     assert [t for t, line in first_uses(text).items() if GLOSSARY[t] not in line] == []
@@ -307,7 +307,8 @@ def test_a_run_that_proposes_nothing_says_so(copied_run):
     told = judged_again(copied_run, **changed, environments=[])
     assert (told["status"], told["recommendation"]) == ("not-proposed", "propose")
     assert "not asked to propose" in told["reason"] and not told["environments"]
-    assert "sensequant run --incremental --propose" in briefing_text(told)
+    assert "sensequant run --symbols " in briefing_text(told)
+    assert "--incremental --propose" in briefing_text(told)
 
 
 def test_a_review_names_every_command_and_role(read):

@@ -833,7 +833,7 @@ def test_a_hold_out_that_says_too_little_approves_nothing(more, why, tmp_path):
     assert register(tmp_path).rows("approval") == []
 
 
-def test_an_automatic_approval_is_for_staging_alone(tmp_path):
+def test_an_automatic_approval_is_for_staging_alone(tmp_path, monkeypatch):
     run = make_candidate(tmp_path, simulated=False, t=3.0)
     assert auto_approve(run, load_settings(**AUTO)) == ""
     assert auto_approve(run, load_settings(**AUTO)) == "the candidate is approved"
@@ -844,8 +844,15 @@ def test_an_automatic_approval_is_for_staging_alone(tmp_path):
         3.0,
         3.0,
     )
+    with pytest.raises(GateError, match="no signature of"):  # it is off again
+        check_approvals(tmp_path, run.run_id, "staging")
+    monkeypatch.setenv("SENSEQUANT_CANDIDATE_AUTO_APPROVE", "true")
     (one,) = check_approvals(tmp_path, run.run_id, "staging")
     assert (one.role, one.environments, one.signature) == ("auto", ("staging",), "")
+    with monkeypatch.context() as stricter:
+        stricter.setenv("SENSEQUANT_CANDIDATE_APPROVAL_THRESHOLD", "3.5")
+        with pytest.raises(GateError, match="no signature of"):
+            check_approvals(tmp_path, run.run_id, "staging")
     with pytest.raises(GateError, match="no signature of Engineering Lead, Risk Manager"):
         check_approvals(tmp_path, run.run_id, "production")
     manifest = run.folder / "manifest.yaml"
@@ -1145,10 +1152,9 @@ def test_a_not_proposed_run_says_how_to_propose(say, house):
     told = say(
         "candidates", "approve", run.run_id, "--role", LEAD, "--key", "Asha", "--yes", code=3
     )
-    assert "found not-proposed" in told and "sensequant run ... --incremental --propose" in told
-    assert "Next sensequant run ... --incremental --propose" in say(
-        "candidates", "show", run.run_id
-    )
+    assert "found not-proposed" in told and "--incremental --propose" in told
+    shown = say("candidates", "show", run.run_id)
+    assert "Next sensequant run " in shown and "--incremental --propose" in shown
 
 
 def test_a_rejection_on_the_command_line_is_kept(say, house):

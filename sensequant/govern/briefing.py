@@ -542,7 +542,7 @@ def conditions_section(
 
 # %% ../../nbs/7_govern/76_briefing.ipynb #e3de4d3b
 def next_section(
-    briefing: Mapping[str, Any],  # run_id, status, environments_ready, roles, staging_sessions
+    briefing: Mapping[str, Any],  # run_id, status, again, environments_ready, roles, …
 ) -> Section:
     "What a person can do now, with the commands as they are typed."
     run_id, status = briefing["run_id"], briefing["status"]
@@ -550,7 +550,7 @@ def next_section(
         points = ["Read the pages of phases 4 and 5; nothing is spent yet.",
                   "To ask for promotion, run it once more and propose it: that spends a part of "
                   "the year's error budget and opens the hold-out."]  # fmt: skip
-        commands = [f"sensequant verify {run_id}", "sensequant run --incremental --propose"]
+        commands = [f"sensequant verify {run_id}", briefing["again"]]
     elif status == "rejected":
         points = ["Do not trade this candidate.",
                   "Read the reasons above, then the pages of phases 4 and 5."]  # fmt: skip

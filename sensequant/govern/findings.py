@@ -40,6 +40,7 @@ from sensequant.govern.briefing import (
     table_of,
     training_section,
 )
+from .manifest import run_again
 from .weighing import age_in_sessions
 from ..learn.records import count_outcomes, read_window_runs
 from ..learn.tables import read_recipe
@@ -613,6 +614,7 @@ def build_briefing(
     ready = [p for p in places if p in metrics.get("environments_ready", places)]
     known |= {"recommendation": _advice(gate["status"], ready), "environments_ready": ready}
     known |= {"roles": list(manifest["approvals"]["roles"])}
+    known |= {"again": run_again(manifest["settings"], "--incremental", "--propose")}
     known |= {"staging_sessions": settings.staging_sessions}
     known |= {"validation": _validated(run, metrics, audit["whole"])}
     known |= {"statistical_tests": statistics_facts(metrics["statistics"])}

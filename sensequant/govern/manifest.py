@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'MAX_MANIFEST_BYTES', 'FIELDS', 'code_version', 'environment', 'release_id_of', 'run_id_of', 'began_at',
-           'ModelEntry', 'model_set', 'models_missing', 'phase_templates', 'required_roles', 'monitoring_plan',
-           'rollback_plan', 'build_manifest', 'parse_manifest', 'manifest_bytes', 'write_manifest', 'read_manifest']
+           'ModelEntry', 'model_set', 'models_missing', 'phase_templates', 'run_again', 'required_roles',
+           'monitoring_plan', 'rollback_plan', 'build_manifest', 'parse_manifest', 'manifest_bytes', 'write_manifest',
+           'read_manifest']
 
 # %% ../../nbs/7_govern/70_manifest.ipynb #d629310f
 import hashlib
 import importlib.metadata
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -26,7 +28,7 @@ import sensequant
 from ..core.artifacts import Artifact, sha256_file
 from ..core.errors import DataError, GateError, SettingsError
 from ..core.events import json_ready
-from ..core.settings import project_root
+from ..core.settings import Settings, project_root
 from ..core.state import ENVIRONMENTS
 from ..core.types import IST
 from ..data.runs import Run, holdout_view, read_inputs
@@ -216,6 +218,34 @@ def _data(run: Run, models: list[ModelEntry]) -> dict[str, Any]:
     about |= {"feed": inputs.feed, "holdout": inputs.holdout, "benchmark": inputs.benchmark}
     about |= {"symbols": list(inputs.symbols), "bars": bars}
     return about | {"data_age": _data_age(run, models)}
+
+# %% ../../nbs/7_govern/70_manifest.ipynb #ad259f88
+_TYPED = ("source", "csv_dir", "csv_zone", "benchmark", "interval", "start", "end", "sim_symbols",
+          "signal_ic", "seed", "scope", "workers", "backend", "scheduler")  # fmt: skip
+_APART = {"teacher": "teacher_", "student": "student_", "checklist": "student_", "service": ""}
+
+
+def _held(config: Mapping[str, Any]) -> dict[str, Any]:
+    "Every setting of a run by its own name."
+    parts = [(prefix, config.get(group, {})) for group, prefix in _APART.items()]
+    held = {prefix + k: v for prefix, values in parts for k, v in values.items()}
+    return held | {k: v for k, v in config.items() if k not in _APART}
+
+
+def run_again(
+    config: Mapping[str, Any],  # config.json of a run
+    *more: str,  # options after it, such as --propose
+) -> str:  # a command for a shell
+    "The command that makes the same run anew, its settings spelled out where they are not usual."
+    held = _held(config)
+    words = ["--symbols", ",".join(config["symbols"])] if config.get("symbols") else []
+    for name, field in Settings.model_fields.items():
+        value, usual = held.get(name), field.get_default(call_default_factory=True)
+        known = name in ("source", "start", "end") or str(value) != str(usual)
+        if value is not None and known and name != "propose":
+            option = ["--" + name.replace("_", "-"), str(value)]
+            words += option if name in _TYPED else ["--set", f"{name}={value}"]
+    return shlex.join(["sensequant", "run", *words, *more])
 
 # %% ../../nbs/7_govern/70_manifest.ipynb #b26a9737
 def _setting(config: Mapping[str, Any], name: str) -> Any:

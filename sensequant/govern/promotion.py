@@ -667,7 +667,7 @@ def find_role(
 
 # %% ../../nbs/7_govern/74_promotion.ipynb #176f3d25
 _STATUS_FIX = {
-    "candidate": "Run it again with a proposal: `sensequant run ... --incremental --propose`",
+    "candidate": "Run it with --incremental --propose; see `sensequant candidates show`",
     "rejected": "Begin a new run; what was rejected stays so",
     "rolled-back": "Begin a new run; what was rolled back stays so",
     "superseded": "A rollback restores it: `sensequant release rollback`",
@@ -859,8 +859,8 @@ def _automatic(case: Case, rows: Sequence[dict[str, Any]]) -> list[Approval]:
     row = next((r for r in rows if r["by"] == AUTO), None)
     if row is None or row["manifest_sha256"] != case.manifest_sha256:
         return []
-    t = holdout_t(passed_verdict(case))
-    if t is None or t < row["threshold"]:
+    t, least = holdout_t(passed_verdict(case)), case.settings.candidate_approval_threshold
+    if not case.settings.candidate_auto_approve or t is None or t < max(row["threshold"], least):
         return []
     who = (row["manifest_sha256"], row["release_id"], row["run_id"], AUTO, AUTO, ("staging",))
     return [Approval(*who, datetime.fromisoformat(row["at"]))]

@@ -207,7 +207,7 @@ def _latest(settings: Settings, run_id: str) -> str:
         return run_id
     newest = get_latest_candidate_run(settings.home)
     if newest is None:
-        fix = "Start with `sensequant run ... --incremental --propose`"
+        fix = "Start one with `sensequant run --propose`; see `sensequant run --help`"
         raise GateError("a run must have reached its verdict", "none yet", settings.home, fix)
     return str(newest["run_id"])
 
@@ -244,14 +244,18 @@ def list_candidates(
 
 # %% ../../nbs/9_ops/914_candidates_cli.ipynb #915f1fa6
 _NEXT = {
-    "candidate": "sensequant run ... --incremental --propose",
     "approved": "sensequant release deploy {run_id} --environment staging",
     "staged": "sensequant release deploy {run_id} --environment production",
     "deployed": "sensequant release status",
     "superseded": 'sensequant release rollback --why "WHAT WAS SEEN"',
-    "rolled-back": "sensequant run ... --incremental --propose",
-    "rejected": "sensequant run ... --incremental --propose",
 }
+
+
+def _run_again(config: dict[str, Any]) -> str:
+    "The command that puts the same run forward once more."
+    from sensequant.govern.manifest import run_again
+
+    return run_again(config, "--incremental", "--propose")
 
 
 def _next(told: dict[str, Any]) -> str:
@@ -264,7 +268,7 @@ def _next(told: dict[str, Any]) -> str:
         return f"sensequant candidates approve {told['run_id']} --role '{lack[0]}' --key NAME{more}"
     if status == "staged" and asked not in allowed:
         return "sensequant release status"
-    return _NEXT[status].format(**told)
+    return _NEXT[status].format(**told) if status in _NEXT else told["again"]
 
 # %% ../../nbs/9_ops/914_candidates_cli.ipynb #4f730e10
 def _roles_of(case: Any) -> list[dict[str, Any]]:  # role, signatures, environments
@@ -312,7 +316,11 @@ def describe_candidate(
     told |= {"environments": manifest["approvals"]["environments"], "automatic": alone[-1:]}
     told |= {"manifest_sha256": case.manifest_sha256, "changed_files": changed_files(case)}
     told |= {"register": register.verify().wrong or "intact", "roles": _roles_of(case)}
-    told |= {"approved_for": approved, "why_not": why_not}
+    told |= {
+        "approved_for": approved,
+        "why_not": why_not,
+        "again": _run_again(manifest["settings"]),
+    }
     told |= {"history": [{k: r.get(k) for k in names} for r in rows]}
     return told | {"next": _next(told)}
 
@@ -428,7 +436,7 @@ def reject_candidate(
     yes: Annotated[bool, typer.Option("--yes", help="do not ask for the word reject")] = False,
 ) -> None:
     "Reject a candidate for good, before it is deployed."
-    from sensequant.govern.promotion import reject, user_name
+    from sensequant.govern.promotion import find_run, reject, user_name
 
     with _refusals():
         settings = load_settings()
@@ -437,4 +445,6 @@ def reject_candidate(
             say("nothing was rejected")
             raise typer.Exit(MISSED)
         reject(settings.home, run_id, by or user_name(), why)
-        say(f"Rejected   {run_id}: {why}\nNext       {_NEXT['rejected']}")
+        held = find_run(settings.home, run_id).artifacts
+        config = held.read_json("config.json") if held.has("config.json") else {}
+        say(f"Rejected   {run_id}: {why}\nNext       {_run_again(config)}")

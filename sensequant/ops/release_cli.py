@@ -391,7 +391,7 @@ def audit_command(environment: _PLACE = None) -> None:
     """Write an audit bundle of what is deployed, from the release and its telemetry alone.
 
     Without --environment, of each environment in which something is active. Ends with 3 when
-    nothing is.
+    nothing is, or when a risk flag was raised.
     """
     from sensequant.govern.release import pointed
 
@@ -407,5 +407,11 @@ def audit_command(environment: _PLACE = None) -> None:
             raise GateError(must, "nothing", home / "data" / "models", fix)
         from sensequant.govern.bundle import audit_deployed  # its plots take seconds
 
+        flags = []
         for place in active:
-            say(f"{place:<12}{audit_deployed(home, place)}")
+            folder = audit_deployed(home, place)
+            found = json.loads((folder / "metrics.json").read_text("utf-8"))["risk_flags"]
+            flags += found
+            names = ", ".join(f["name"] for f in found) or "no risk flag"
+            say(f"{place:<12}{names}\n{'':<12}{folder / 'summary.md'}")
+    raise typer.Exit(MISSED if flags else FINISHED)
