@@ -22,6 +22,10 @@ from sensequant.ops.cli import (
     FAILED,
     FINISHED,
     MISSED,
+    SetOption,
+    SymbolsFileOption,
+    SymbolsOption,
+    UniverseOption,
     read_assignments,
     read_day,
     read_symbols,
@@ -100,9 +104,9 @@ def _opt(help: str, *names: str) -> Any:
 
 # %% ../../nbs/9_ops/98_collect_cli.ipynb #2c72ca7d
 def sentiment(
-    symbols: Annotated[str | None, _opt("NSE codes, e.g. RELIANCE,TCS")] = None,
-    symbols_file: Annotated[Path | None, _opt("one NSE code a line")] = None,
-    universe: Annotated[str | None, _opt("nifty100, nifty50 or niftynext50")] = None,
+    symbols: SymbolsOption = None,
+    symbols_file: SymbolsFileOption = None,
+    universe: UniverseOption = None,
     start: Annotated[str | None, _opt("first day; required without --incremental")] = None,
     end: Annotated[str | None, _opt("last day, YYYY-MM-DD (default: today)")] = None,
     incremental: Annotated[bool, _opt("go on where each symbol stopped")] = False,
@@ -111,9 +115,7 @@ def sentiment(
     providers: Annotated[
         str | None, _opt("newsapi,twitter,rss,csv,stub; first asked first")
     ] = None,
-    set_: Annotated[
-        list[str] | None, _opt("any other setting, NAME=VALUE, repeatable", "--set")
-    ] = None,
+    set_: SetOption = None,
 ) -> None:
     "Fetch headlines and posts, score them, and keep a snapshot a day."
     try:
@@ -173,15 +175,13 @@ def _collect(settings: Any, symbols: Sequence[str], rounds: int | None) -> int:
 
 # %% ../../nbs/9_ops/98_collect_cli.ipynb #4aaba718
 def books(
-    symbols: Annotated[str | None, _opt("NSE codes, e.g. RELIANCE,TCS")] = None,
-    symbols_file: Annotated[Path | None, _opt("one NSE code a line")] = None,
-    universe: Annotated[str | None, _opt("nifty100, nifty50 or niftynext50")] = None,
+    symbols: SymbolsOption = None,
+    symbols_file: SymbolsFileOption = None,
+    universe: UniverseOption = None,
     every: Annotated[float | None, _opt("seconds from one snapshot to the next")] = None,
     rounds: Annotated[int | None, typer.Option(help="snapshots to take", min=1)] = None,
     provider: Annotated[str | None, _opt("breeze or simulated")] = None,
-    set_: Annotated[
-        list[str] | None, _opt("any other setting, NAME=VALUE, repeatable", "--set")
-    ] = None,
+    set_: SetOption = None,
 ) -> None:
     "Collect five levels of bids and offers until Ctrl-C; exit 3 when they had to be simulated."
     try:

@@ -34,9 +34,14 @@ from ..core.errors import BrokerError, DataError, SenseQuantError, SettingsError
 from ..core.settings import Settings, load_settings
 from ..core.types import IST, Interval
 from sensequant.ops.cli import (
+    CsvDirOption,
+    CsvZoneOption,
     FAILED,
     INTERRUPTED,
+    IntervalOption,
     MISSED,
+    SymbolsFileOption,
+    UniverseOption,
     _opt,
     read_assignments,
     read_day,
@@ -466,14 +471,14 @@ def _finish(work: Any) -> None:
 @data.command()
 def fetch(
     symbols: Annotated[str | None, _opt("NSE codes, e.g. RELIANCE,TCS,NIFTY50")] = None,
-    symbols_file: Annotated[Path | None, _opt("one NSE code a line")] = None,
-    universe: Annotated[str | None, _opt("nifty100, nifty50 or niftynext50")] = None,
+    symbols_file: SymbolsFileOption = None,
+    universe: UniverseOption = None,
     start: Annotated[str | None, _opt("first day, YYYY-MM-DD")] = None,
     end: Annotated[str | None, _opt("last day (default of --incremental: the newest)")] = None,
-    interval: Annotated[str | None, _opt("1minute, 5minute, 15minute, 30minute or 1day")] = None,
+    interval: IntervalOption = None,
     source: Annotated[str | None, _opt("csv, breeze, hybrid or simulated")] = None,
-    csv_dir: Annotated[Path | None, _opt("folder of CSV files")] = None,
-    csv_zone: Annotated[str | None, _opt("zone of times without one")] = None,
+    csv_dir: CsvDirOption = None,
+    csv_zone: CsvZoneOption = None,
     incremental: Annotated[bool, _opt("go on after the last session held")] = False,
     lookback_days: Annotated[int | None, _opt("first range of --incremental, days")] = None,
     force: Annotated[bool, _opt("ask again for what is held")] = False,
@@ -643,11 +648,11 @@ def print_coverage(summary: dict[str, Any], found: list[Any], most: int = 12) ->
 @data.command()
 def coverage(
     symbols: Annotated[str | None, _opt("NSE codes (default: all that are held)")] = None,
-    symbols_file: Annotated[Path | None, _opt("one NSE code a line")] = None,
-    universe: Annotated[str | None, _opt("nifty100, nifty50 or niftynext50")] = None,
+    symbols_file: SymbolsFileOption = None,
+    universe: UniverseOption = None,
     start: Annotated[str | None, _opt("first day, YYYY-MM-DD")] = None,
     end: Annotated[str | None, _opt("last day, YYYY-MM-DD")] = None,
-    interval: Annotated[str | None, _opt("1minute, 5minute, 15minute, 30minute or 1day")] = None,
+    interval: IntervalOption = None,
     source: Annotated[str | None, _opt("folder of the store, or its kind")] = None,
     threshold: Annotated[float | None, _opt("share of its sessions each symbol needs")] = None,
     out: Annotated[Path | None, _opt("folder for the files")] = None,
@@ -737,8 +742,8 @@ def held_spans(
 @data.command()
 def backfill(
     symbols: Annotated[str | None, _opt("NSE codes (default: all that are held)")] = None,
-    symbols_file: Annotated[Path | None, _opt("one NSE code a line")] = None,
-    universe: Annotated[str | None, _opt("nifty100, nifty50 or niftynext50")] = None,
+    symbols_file: SymbolsFileOption = None,
+    universe: UniverseOption = None,
     start: Annotated[str | None, _opt("first day, YYYY-MM-DD")] = None,
     end: Annotated[str | None, _opt("last day, YYYY-MM-DD")] = None,
     intervals: Annotated[str, _opt("comma between")] = "1day,5minute,1minute",
@@ -853,7 +858,7 @@ def _spell_cell(value: Any) -> str:
 @data.command()
 def show(
     source: Annotated[str | None, _opt("folder of the store, or its kind")] = None,
-    interval: Annotated[str | None, _opt("1minute, 5minute, 15minute, 30minute or 1day")] = None,
+    interval: IntervalOption = None,
     limit: Annotated[int, typer.Option(help="at most so many", min=1)] = 100,
     as_json: Annotated[bool, typer.Option("--json", help="for a script")] = False,
 ) -> None:
@@ -884,7 +889,7 @@ def show(
 def quarantine(
     symbols: Annotated[str | None, _opt("NSE codes (default: all)")] = None,
     source: Annotated[str | None, _opt("folder of the store, or its kind")] = None,
-    interval: Annotated[str | None, _opt("1minute, 5minute, 15minute, 30minute or 1day")] = None,
+    interval: IntervalOption = None,
     limit: Annotated[int, typer.Option(help="at most so many", min=1)] = 50,
     as_json: Annotated[bool, typer.Option("--json", help="for a script")] = False,
 ) -> None:
@@ -921,9 +926,9 @@ def too_many_faults(
 @data.command("import")
 def import_(
     folder: Annotated[Path, typer.Argument(help="SYMBOL.csv[.gz] or SYMBOL/INTERVAL/*.csv[.gz]")],
-    interval: Annotated[str | None, _opt("1minute, 5minute, 15minute, 30minute or 1day")] = None,
+    interval: IntervalOption = None,
     source: Annotated[str | None, _opt("name to keep the bars under")] = None,
-    csv_zone: Annotated[str | None, _opt("zone of times without one")] = None,
+    csv_zone: CsvZoneOption = None,
     set_: Annotated[list[str] | None, _opt("any other setting, NAME=VALUE", "--set")] = None,
 ) -> None:
     "Take a tree of CSV files into the store; a symbol with too many bad rows is refused whole."
@@ -958,7 +963,7 @@ def export(
     folder: Annotated[Path, typer.Argument(help="becomes SYMBOL/INTERVAL/*.csv")],
     symbols: Annotated[str | None, _opt("NSE codes (default: all)")] = None,
     source: Annotated[str | None, _opt("folder of the store, or its kind")] = None,
-    interval: Annotated[str | None, _opt("1minute, 5minute, 15minute, 30minute or 1day")] = None,
+    interval: IntervalOption = None,
 ) -> None:
     "Write what the store holds as a tree of CSV files."
 

@@ -25,9 +25,21 @@ from ..core.errors import BrokerError, DataError, SenseQuantError, SettingsError
 from ..core.settings import CostSettings, Settings, TradingSettings, load_settings
 from ..core.types import IST, Interval
 from sensequant.ops.cli import (
+    BenchmarkOption,
+    CsvDirOption,
+    CsvZoneOption,
     FAILED,
     FINISHED,
     INTERRUPTED,
+    IntervalOption,
+    SetOption,
+    SignalIcOption,
+    SimSymbolsOption,
+    SkipFetchOption,
+    SourceOption,
+    SymbolsFileOption,
+    SymbolsOption,
+    UniverseOption,
     _opt,
     present,
     read_assignments,
@@ -579,9 +591,9 @@ def judge(asked: Asked) -> int:  # exit code
 
 # %% ../../nbs/9_ops/910_judge_cli.ipynb #abb83fec
 def backtest(
-    symbols: Annotated[str | None, _opt("NSE codes, e.g. RELIANCE,TCS")] = None,
-    symbols_file: Annotated[Path | None, _opt("one NSE code a line")] = None,
-    universe: Annotated[str | None, _opt("nifty100, nifty50 or niftynext50")] = None,
+    symbols: SymbolsOption = None,
+    symbols_file: SymbolsFileOption = None,
+    universe: UniverseOption = None,
     start: Annotated[
         str | None, _opt("first session traded, YYYY-MM-DD (default: the setting)")
     ] = None,
@@ -593,19 +605,11 @@ def backtest(
             "(default: swing)"
         ),
     ] = "swing",
-    source: Annotated[
-        str | None, _opt("csv, breeze, hybrid or simulated; csv with --csv-dir")
-    ] = None,
-    csv_dir: Annotated[
-        Path | None, _opt("folder of SYMBOL.csv[.gz] or SYMBOL/INTERVAL/*.csv[.gz]")
-    ] = None,
-    csv_zone: Annotated[
-        str | None, _opt("zone of times without one (default: Asia/Kolkata)")
-    ] = None,
-    interval: Annotated[str | None, _opt("1minute, 5minute, 15minute, 30minute or 1day")] = None,
-    benchmark: Annotated[
-        Path | None, _opt("CSV of index bars, or NIFTY50 from Breeze (default: the universe)")
-    ] = None,
+    source: SourceOption = None,
+    csv_dir: CsvDirOption = None,
+    csv_zone: CsvZoneOption = None,
+    interval: IntervalOption = None,
+    benchmark: BenchmarkOption = None,
     params: Annotated[
         list[str] | None, _opt("a parameter of strategy, account or costs, name=value, repeatable")
     ] = None,
@@ -619,13 +623,11 @@ def backtest(
     output_dir: Annotated[Path | None, _opt("new folder (default: data/backtests/<time>)")] = None,
     enable_telemetry: Annotated[bool, _opt("write traces of opinions and trades")] = False,
     workers: Annotated[int | None, _opt("processes (default: the setting workers)")] = None,
-    sim_symbols: Annotated[int | None, _opt("size of the simulated market")] = None,
-    signal_ic: Annotated[float | None, _opt("planted one-day IC; 0 plants nothing")] = None,
+    sim_symbols: SimSymbolsOption = None,
+    signal_ic: SignalIcOption = None,
     seed: Annotated[int | None, _opt("seed of the simulated market")] = None,
-    skip_fetch: Annotated[bool, _opt("use what the bar store holds")] = False,
-    set_: Annotated[
-        list[str] | None, _opt("any other setting, NAME=VALUE, repeatable", "--set")
-    ] = None,
+    skip_fetch: SkipFetchOption = False,
+    set_: SetOption = None,
 ) -> None:
     """What a rule would have earned on these bars, after charges and slippage.
 

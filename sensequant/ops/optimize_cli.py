@@ -21,7 +21,28 @@ from rich.table import Table
 
 from ..core.errors import BrokerError, DataError, GateError, SenseQuantError, SettingsError
 from ..core.types import IST
-from .cli import BUSY, FAILED, FINISHED, INTERRUPTED, MISSED, _opt, refuse, say
+from sensequant.ops.cli import (
+    BUSY,
+    BenchmarkOption,
+    CsvDirOption,
+    CsvZoneOption,
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    IntervalOption,
+    MISSED,
+    SetOption,
+    SignalIcOption,
+    SimSymbolsOption,
+    SkipFetchOption,
+    SourceOption,
+    SymbolsFileOption,
+    SymbolsOption,
+    UniverseOption,
+    _opt,
+    refuse,
+    say,
+)
 from .judge_cli import Asked, Meter, Opened, from_feed, from_run, read_options
 
 # %% ../../nbs/9_ops/912_optimize_cli.ipynb #176877ca
@@ -356,26 +377,18 @@ def optimize(
     strategy: Annotated[
         str | None, _opt("swing, intraday, both or model, which needs --run (default: swing)")
     ] = None,
-    symbols: Annotated[str | None, _opt("NSE codes, e.g. RELIANCE,TCS")] = None,
-    symbols_file: Annotated[Path | None, _opt("one NSE code a line")] = None,
-    universe: Annotated[str | None, _opt("nifty100, nifty50 or niftynext50")] = None,
+    symbols: SymbolsOption = None,
+    symbols_file: SymbolsFileOption = None,
+    universe: UniverseOption = None,
     start: Annotated[str | None, _opt("first session, YYYY-MM-DD (default: the setting)")] = None,
     end: Annotated[
         str | None, _opt("last session of the hold-out, which is not read (default: the setting)")
     ] = None,
-    source: Annotated[
-        str | None, _opt("csv, breeze, hybrid or simulated; csv with --csv-dir")
-    ] = None,
-    csv_dir: Annotated[
-        Path | None, _opt("folder of SYMBOL.csv[.gz] or SYMBOL/INTERVAL/*.csv[.gz]")
-    ] = None,
-    csv_zone: Annotated[
-        str | None, _opt("zone of times without one (default: Asia/Kolkata)")
-    ] = None,
-    interval: Annotated[str | None, _opt("1minute, 5minute, 15minute, 30minute or 1day")] = None,
-    benchmark: Annotated[
-        Path | None, _opt("CSV of index bars, or NIFTY50 from Breeze (default: the universe)")
-    ] = None,
+    source: SourceOption = None,
+    csv_dir: CsvDirOption = None,
+    csv_zone: CsvZoneOption = None,
+    interval: IntervalOption = None,
+    benchmark: BenchmarkOption = None,
     run: Annotated[str | None, _opt("id of a finished run, or latest: its bars and scores")] = None,
     params: Annotated[
         list[str] | None, _opt("a parameter of the baseline, name=value, repeatable")
@@ -412,13 +425,11 @@ def optimize(
     resume: Annotated[bool, _opt("go on with the search in --output-dir")] = False,
     output_dir: Annotated[Path | None, _opt("default: data/optimization/run_<time>")] = None,
     workers: Annotated[int | None, _opt("processes (default: the setting workers)")] = None,
-    sim_symbols: Annotated[int | None, _opt("size of the simulated market")] = None,
-    signal_ic: Annotated[float | None, _opt("planted one-day IC; 0 plants nothing")] = None,
+    sim_symbols: SimSymbolsOption = None,
+    signal_ic: SignalIcOption = None,
     seed: Annotated[int | None, _opt("seed of the simulated market and of the search")] = None,
-    skip_fetch: Annotated[bool, _opt("use what the bar store holds")] = False,
-    set_: Annotated[
-        list[str] | None, _opt("any other setting, NAME=VALUE, repeatable", "--set")
-    ] = None,
+    skip_fetch: SkipFetchOption = False,
+    set_: SetOption = None,
 ) -> None:
     """Seek better parameters of a rule, out of fold, and say whether the best is luck.
 

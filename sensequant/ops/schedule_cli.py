@@ -23,9 +23,19 @@ from ..core.settings import Settings, load_settings
 from ..core.types import IST, Interval
 from sensequant.ops.cli import (
     BUSY,
+    BenchmarkOption,
+    CsvDirOption,
+    CsvZoneOption,
     FAILED,
     FINISHED,
     INTERRUPTED,
+    IntervalOption,
+    SetOption,
+    SourceOption,
+    SymbolsFileOption,
+    SymbolsOption,
+    UniverseOption,
+    WorkersOption,
     _opt,
     _print_plan,
     present,
@@ -281,20 +291,16 @@ def retrain(
     ] = 0.0,
     dryrun: Annotated[bool, _opt("plan, ask and write nothing")] = False,
     scheduled: Annotated[bool, _opt("do nothing on a day on which a rarer kind runs")] = False,
-    symbols: Annotated[str | None, _opt("NSE codes, e.g. RELIANCE,TCS")] = None,
-    symbols_file: Annotated[Path | None, _opt("one NSE code a line")] = None,
-    universe: Annotated[str | None, _opt("nifty100, nifty50 or niftynext50")] = None,
-    source: Annotated[
-        str | None, _opt("csv, breeze, hybrid or simulated; csv with --csv-dir")
-    ] = None,
-    csv_dir: Annotated[Path | None, _opt("folder of CSV files")] = None,
-    csv_zone: Annotated[str | None, _opt("zone of times without one")] = None,
-    benchmark: Annotated[Path | None, _opt("CSV of index bars, or NIFTY50 from Breeze")] = None,
-    interval: Annotated[str | None, _opt("1minute, 5minute, 15minute, 30minute or 1day")] = None,
-    workers: Annotated[int | None, _opt("processes")] = None,
-    set_: Annotated[
-        list[str] | None, _opt("any other setting, NAME=VALUE, repeatable", "--set")
-    ] = None,
+    symbols: SymbolsOption = None,
+    symbols_file: SymbolsFileOption = None,
+    universe: UniverseOption = None,
+    source: SourceOption = None,
+    csv_dir: CsvDirOption = None,
+    csv_zone: CsvZoneOption = None,
+    benchmark: BenchmarkOption = None,
+    interval: IntervalOption = None,
+    workers: WorkersOption = None,
+    set_: SetOption = None,
 ) -> None:
     """Fetch bars, then train until the newest of them; what `sensequant schedule` has started.
 
@@ -375,20 +381,16 @@ def schedule(
     wait: Annotated[
         float, typer.Option(help="that one waits for another to end, minutes", min=0)
     ] = 240.0,
-    symbols: Annotated[str | None, _opt("NSE codes, e.g. RELIANCE,TCS")] = None,
-    symbols_file: Annotated[Path | None, _opt("one NSE code a line")] = None,
-    universe: Annotated[str | None, _opt("nifty100, nifty50 or niftynext50")] = None,
-    source: Annotated[
-        str | None, _opt("csv, breeze, hybrid or simulated; csv with --csv-dir")
-    ] = None,
-    csv_dir: Annotated[Path | None, _opt("folder of CSV files")] = None,
-    csv_zone: Annotated[str | None, _opt("zone of times without one")] = None,
-    benchmark: Annotated[Path | None, _opt("CSV of index bars, or NIFTY50 from Breeze")] = None,
-    interval: Annotated[str | None, _opt("1minute, 5minute, 15minute, 30minute or 1day")] = None,
-    workers: Annotated[int | None, _opt("processes")] = None,
-    set_: Annotated[
-        list[str] | None, _opt("any other setting, NAME=VALUE, repeatable", "--set")
-    ] = None,
+    symbols: SymbolsOption = None,
+    symbols_file: SymbolsFileOption = None,
+    universe: UniverseOption = None,
+    source: SourceOption = None,
+    csv_dir: CsvDirOption = None,
+    csv_zone: CsvZoneOption = None,
+    benchmark: BenchmarkOption = None,
+    interval: IntervalOption = None,
+    workers: WorkersOption = None,
+    set_: SetOption = None,
 ) -> None:
     """Print what cron or systemd needs to fetch and retrain by the clock; nothing is installed.
 

@@ -20,10 +20,27 @@ from ..core.errors import BrokerError, GateError, SenseQuantError, SettingsError
 from ..core.settings import load_settings
 from sensequant.ops.cli import (
     BUSY,
+    BenchmarkOption,
+    CsvDirOption,
+    CsvZoneOption,
+    EndOption,
     FAILED,
     FINISHED,
     INTERRUPTED,
+    IncrementalOption,
+    IntervalOption,
     MISSED,
+    ScopeOption,
+    SetOption,
+    SignalIcOption,
+    SimSymbolsOption,
+    SkipFetchOption,
+    SourceOption,
+    StartOption,
+    SymbolsFileOption,
+    SymbolsOption,
+    UniverseOption,
+    WorkersOption,
     _opt,
     present,
     read_assignments,
@@ -172,36 +189,24 @@ def work(given: Mapping[str, Any]) -> int:  # exit code
 
 # %% ../../nbs/9_ops/920_validate_cli.ipynb #5d2e72b9
 def validate(
-    symbols: Annotated[str | None, _opt("NSE codes, e.g. RELIANCE,TCS")] = None,
-    symbols_file: Annotated[Path | None, _opt("one NSE code a line")] = None,
-    universe: Annotated[str | None, _opt("nifty100, nifty50 or niftynext50")] = None,
-    start: Annotated[str | None, _opt("first day of the windows, YYYY-MM-DD")] = None,
-    end: Annotated[str | None, _opt("last day of the bars, YYYY-MM-DD")] = None,
-    source: Annotated[
-        str | None, _opt("csv, breeze, hybrid or simulated; csv with --csv-dir")
-    ] = None,
-    csv_dir: Annotated[
-        Path | None, _opt("folder of SYMBOL.csv[.gz] or SYMBOL/INTERVAL/*.csv[.gz]")
-    ] = None,
-    csv_zone: Annotated[
-        str | None, _opt("zone of times without one (default: Asia/Kolkata)")
-    ] = None,
-    benchmark: Annotated[
-        Path | None, _opt("CSV of index bars, or NIFTY50 from Breeze (default: the universe)")
-    ] = None,
-    interval: Annotated[str | None, _opt("1minute, 5minute, 15minute, 30minute or 1day")] = None,
-    sim_symbols: Annotated[int | None, _opt("size of the simulated market")] = None,
-    signal_ic: Annotated[float | None, _opt("planted one-day IC; 0 plants nothing")] = None,
+    symbols: SymbolsOption = None,
+    symbols_file: SymbolsFileOption = None,
+    universe: UniverseOption = None,
+    start: StartOption = None,
+    end: EndOption = None,
+    source: SourceOption = None,
+    csv_dir: CsvDirOption = None,
+    csv_zone: CsvZoneOption = None,
+    benchmark: BenchmarkOption = None,
+    interval: IntervalOption = None,
+    sim_symbols: SimSymbolsOption = None,
+    signal_ic: SignalIcOption = None,
     seed: Annotated[int | None, _opt("seed of market, models and search")] = None,
-    scope: Annotated[str | None, _opt("auto, symbol or pooled: whose students are judged")] = None,
-    workers: Annotated[int | None, _opt("processes")] = None,
-    set_: Annotated[
-        list[str] | None, _opt("any other setting, NAME=VALUE, repeatable", "--set")
-    ] = None,
-    skip_fetch: Annotated[bool, _opt("use what the bar store holds")] = False,
-    incremental: Annotated[
-        bool, _opt("take over windows of the newest run whose rows are the same")
-    ] = False,
+    scope: ScopeOption = None,
+    workers: WorkersOption = None,
+    set_: SetOption = None,
+    skip_fetch: SkipFetchOption = False,
+    incremental: IncrementalOption = False,
     skip_optimizer: Annotated[bool, _opt("do not seek better thresholds")] = False,
     skip_reports: Annotated[bool, _opt("make no report pages")] = False,
     max_configs: Annotated[
