@@ -256,7 +256,11 @@ def _next(ended: Any) -> str:
         before = "mend the cause, then: " if ended.status == "failed" else ""
         return f"{before}{_program()}sensequant resume {ended.run.run_id}"
     if ended.verdict == "not-proposed":
-        return "read the report; to ask for promotion, run again with --incremental --propose"
+        from sensequant.govern.manifest import run_again
+
+        config = ended.run.artifacts.read_json("config.json")
+        again = run_again(config, "--incremental", "--propose")
+        return f"read the report; to ask for promotion: {_program()}{again}"
     if ended.verdict == "rejected":
         return "read why in the report; do not trade this candidate"
     return f"read {ended.run.pages / 'briefing.html'} and decide"
