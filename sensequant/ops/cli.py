@@ -229,7 +229,7 @@ def close(
     say(f"Run id     {run.run_id}\nStatus     {ended.verdict or ended.status}")
     say(f"Artifacts  {run.folder}\nReport     {run.pages / 'index.html'}")
     if ended.status == "failed" and (last := _failed_in(run.folder)):
-        say(f"Traceback  {last}")
+        say(f"Stopped in {last}")
     say("Next       " + _next(ended))
     if ended.status == "partial":  # it was asked to stop there
         return FINISHED
