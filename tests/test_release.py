@@ -558,7 +558,7 @@ def spoil(folder: Path, how: str) -> str:
         data = bytearray(model.read_bytes())
         data[len(data) // 2] ^= 1
         model.write_bytes(data)
-        return f"{name} has changed"
+        return f"{name}: it has changed"
     if how == "missing":
         model.unlink()
         return f"{name}: No such file"
@@ -947,7 +947,7 @@ def test_manifest_names_what_changed(house):
     assert (said.exit_code, "Whole       yes" in said.stdout) == (0, True), said.output
     next(Run(A, house.home).folder.rglob("student.model")).write_bytes(b"x")
     said = typed("manifest", A)
-    assert (said.exit_code, "student.model has changed" in said.stderr) == (1, True)
+    assert (said.exit_code, "student.model: it has changed" in said.stderr) == (1, True)
 
 
 def test_audit_says_when_nothing_is_deployed(house):

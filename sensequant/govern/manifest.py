@@ -6,14 +6,17 @@
 __all__ = ['MANIFEST', 'MAX_MANIFEST_BYTES', 'FIELDS', 'code_version', 'environment', 'release_id_of', 'run_id_of', 'began_at',
            'ModelEntry', 'model_set', 'models_missing', 'phase_templates', 'run_again', 'required_roles',
            'monitoring_plan', 'rollback_plan', 'build_manifest', 'parse_manifest', 'manifest_bytes', 'write_manifest',
-           'read_manifest']
+           'read_manifest', 'read_inside', 'faults_inside']
 
 # %% ../../nbs/7_govern/70_manifest.ipynb #d629310f
+import errno
 import hashlib
 import importlib.metadata
+import os
 import platform
 import re
 import shlex
+import stat
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -599,3 +602,56 @@ def read_manifest(
     if raw["run_id"] != run.run_id:
         raise DataError("a manifest must name its run", raw["run_id"], where)
     return raw
+
+# %% ../../nbs/7_govern/70_manifest.ipynb #a32c4fce
+_STEP = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def _open_inside(root: Path, parts: tuple[str, ...]) -> int:
+    "A descriptor of a file below `root`, no link followed; OSError where there is one."
+    descriptor = os.open(root, _STEP | os.O_DIRECTORY)
+    try:
+        for part in parts[:-1]:
+            deeper = os.open(part, _STEP | os.O_DIRECTORY, dir_fd=descriptor)
+            os.close(descriptor)
+            descriptor = deeper
+        return os.open(parts[-1], _STEP | os.O_NONBLOCK, dir_fd=descriptor)
+    finally:
+        os.close(descriptor)
+
+# %% ../../nbs/7_govern/70_manifest.ipynb #7c7c0376
+def read_inside(
+    root: Path,  # folder that the file must lie in, itself no link
+    rel: str,  # path below it, with forward slashes
+) -> bytes:
+    "The content of a plain file that lies below `root`; a link on the way is refused."
+    parts = PurePosixPath(rel).parts
+    if not parts or ".." in parts or PurePosixPath(rel).is_absolute():
+        raise DataError("a path must lie below its folder", repr(rel), root)
+    try:
+        descriptor = _open_inside(Path(root), parts)
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise DataError("a file must be a plain one", "another kind", Path(root) / rel)
+            return file.read()
+    except OSError as error:
+        link = error.errno in (errno.ELOOP, errno.ENOTDIR)
+        found = "a symbolic link on the way" if link else error.strerror
+        must = "a file must lie in its own folder, reached without a link"
+        raise DataError(must, found, Path(root) / rel) from error
+
+# %% ../../nbs/7_govern/70_manifest.ipynb #036ce7c4
+def faults_inside(
+    folder: Path,  # that the files must lie in
+    files: Mapping[str, Mapping[str, Any]],  # path to sha256
+) -> dict[str, str]:  # path to what is wrong, in the order given; empty when all are as named
+    "Files that are missing, reached by a link, or changed."
+    wrong = {}
+    for path, about in files.items():
+        try:
+            same = hashlib.sha256(read_inside(folder, path)).hexdigest() == about["sha256"]
+        except DataError as error:
+            wrong[path] = str(error.found)
+        else:
+            wrong |= {} if same else {path: "it has changed"}
+    return wrong

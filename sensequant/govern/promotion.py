@@ -24,7 +24,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ..core.artifacts import sha256_file, write_atomic
+from ..core.artifacts import write_atomic
 from ..core.errors import DataError, GateError
 from ..core.events import json_ready, locked
 from sensequant.core.ledger import (
@@ -61,7 +61,7 @@ from sensequant.govern.approvals import (
     verify_approval,
     write_public,
 )
-from .manifest import parse_manifest, release_id_of
+from .manifest import faults_inside, parse_manifest, release_id_of
 
 # %% ../../nbs/7_govern/74_promotion.ipynb #c7116c16
 ARROWS: dict[str, tuple[str, ...]] = {
@@ -591,18 +591,7 @@ def changed_files(
     case: Case,
 ) -> list[str]:  # paths below the run
     "Files that are not what the manifest names."
-    root = case.run.folder.resolve()
-
-    def same(rel: str, named: dict[str, Any]) -> bool:
-        path = root / rel
-        try:
-            if path.resolve() != path or not path.is_relative_to(root):
-                return False
-            return path.stat().st_size == named["size"] and sha256_file(path) == named["sha256"]
-        except OSError:
-            return False
-
-    return sorted(rel for rel, named in case.manifest["files"].items() if not same(rel, named))
+    return sorted(faults_inside(case.run.folder, case.manifest["files"]))
 
 
 def require_files(

@@ -342,8 +342,7 @@ def manifest_command(run_id: _RUN = "latest") -> None:
     import hashlib
 
     from sensequant.data.runs import open_run
-    from sensequant.govern.manifest import MANIFEST, parse_manifest
-    from sensequant.govern.release import faults_inside, read_inside
+    from sensequant.govern.manifest import MANIFEST, faults_inside, parse_manifest, read_inside
 
     with _told():
         run = open_run(run_id, load_settings().home)
@@ -356,7 +355,8 @@ def manifest_command(run_id: _RUN = "latest") -> None:
         if (known := run.artifacts.sha256(MANIFEST)) != sha256:
             raise DataError(f"SHA-256 must be {known}, as the run's record says", sha256, MANIFEST)
         if wrong := faults_inside(run.folder, manifest["files"]):
-            found = f"{len(wrong)}: {'; '.join(wrong[:5])}"
+            told = [f"{path}: {why}" for path, why in wrong.items()]
+            found = f"{len(told)}: {'; '.join(told[:5])}"
             raise DataError("every file must be as the manifest names it", found, run.folder)
         say(f"Whole       yes, all {len(manifest['files'])} files")
 
