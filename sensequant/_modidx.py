@@ -701,6 +701,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'sensequant/backtest/stat_tests.py'),
                                                 'sensequant.backtest.stat_tests.statistic_series': ( '6_backtest/stat_tests.html#statistic_series',
                                                                                                      'sensequant/backtest/stat_tests.py'),
+                                                'sensequant.backtest.stat_tests.step_down': ( '6_backtest/stat_tests.html#step_down',
+                                                                                              'sensequant/backtest/stat_tests.py'),
                                                 'sensequant.backtest.stat_tests.superior': ( '6_backtest/stat_tests.html#superior',
                                                                                              'sensequant/backtest/stat_tests.py')},
             'sensequant.core.artifacts': { 'sensequant.core.artifacts.Artifact': ( '0_core/artifacts.html#artifact',

@@ -10,7 +10,7 @@ import campaign_stats
 import numpy as np
 import pandas as pd
 import pytest
-from arch.bootstrap import SPA
+from arch.bootstrap import SPA, StepM
 from campaign_stats import Cell, frames
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -334,6 +334,29 @@ def test_arch_compares_plain_means_so_alphas_are_brought_to_one_scale():
     assert same < 0.01 and wild > 0.1
     ours = stat_tests.superior(pd.DataFrame(alphas * [1, 100]), Resampling(5, 1, 500))
     assert ours["spa_p"] < 0.01 and ours["stepm_candidate"]
+
+
+@pytest.mark.parametrize("means", ([0.1, 0, 0, 0], [0.3, 0.15, 0.1, 0], [0, 0, 0, 0]))
+def test_the_rounds_are_those_of_arch(means):
+    alphas = np.random.default_rng(5).normal(0, 1, (500, 4)) + means
+    how = dict(block_size=5, reps=500, seed=1)
+    theirs = StepM(np.zeros(500), -alphas, size=0.05, **how)
+    theirs.compute()
+    ours = SPA(np.zeros(500), -alphas, **how)
+    assert stat_tests.step_down(ours).tolist() == theirs.superior_models
+
+
+def test_several_rounds_may_keep_every_trial():
+    "arch 8.0.0: `StepM` asks once more of nobody, and ends with an error."
+    alphas = np.random.default_rng(5).normal(0, 1, (500, 6))
+    alphas += np.r_[0.30, np.linspace(0.104, 0.102, 5)] - alphas.mean(axis=0)
+    how = dict(block_size=5, reps=500, seed=1)
+    first = SPA(np.zeros(500), -alphas, **how)
+    first.compute()
+    assert 0 < len(first.better_models(0.05)) < 6
+    assert stat_tests.step_down(first).tolist() == list(range(6))
+    found = stat_tests.superior(pd.DataFrame(alphas), Resampling(5, 1, 500))
+    assert found["stepm_superior"] == 6 and found["stepm_candidate"]
 
 
 # --- the table of a run --------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from arch.bootstrap import SPA, StepM, optimal_block_length
+from arch.bootstrap import SPA, optimal_block_length
 from numba import njit
 from scipy import stats
 
@@ -402,6 +402,21 @@ def max_t(
     return MaxT(p=p, t=field.t, **known)
 
 # %% ../../nbs/6_backtest/64_stat_tests.ipynb #ed3954fe
+def step_down(
+    spa: SPA,  # of all trials
+) -> np.ndarray:  # positions of the trials that are kept at 5 %
+    "Romano and Wolf's rounds: trials that are kept leave, and the others are asked again."
+    others = np.ones(spa.k, dtype=bool)
+    while others.any():
+        spa.subset(others.copy())
+        spa.compute()
+        better = spa.better_models(0.05)
+        if not len(better):
+            break
+        others[better] = False
+    return np.flatnonzero(~others)
+
+# %% ../../nbs/6_backtest/64_stat_tests.ipynb #dd418374
 def superior(
     alphas: pd.DataFrame,  # (n_sessions, n_trials) alpha series, none missing; the candidate first
     plan: Resampling,
@@ -410,13 +425,11 @@ def superior(
     block = math.ceil(block_length(alphas.iloc[:, 0].to_numpy(), plan.horizon))
     scaled = alphas / alphas.std().replace(0.0, 1.0)
     losses, nothing = -scaled.set_axis(range(alphas.shape[1]), axis=1), np.zeros(len(alphas))
-    how: dict[str, Any] = dict(block_size=block, reps=plan.samples, seed=plan.seed)
-    spa, step = SPA(nothing, losses, **how), StepM(nothing, losses, size=0.05, **how)
+    spa = SPA(nothing, losses, block_size=block, reps=plan.samples, seed=plan.seed)
     spa.compute()
-    step.compute()
     found = dict(zip(("spa_p", "spa_p_lower", "spa_p_upper"),
                      spa.pvalues[["consistent", "lower", "upper"]], strict=True))  # fmt: skip
-    kept = step.superior_models
+    kept = step_down(spa)
     return found | {"stepm_superior": len(kept), "stepm_candidate": 0 in kept}
 
 # %% ../../nbs/6_backtest/64_stat_tests.ipynb #3ea78938
