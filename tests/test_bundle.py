@@ -451,7 +451,7 @@ def test_a_damaged_release_is_a_finding_and_makes_a_bundle(staged_copy):
     path.write_bytes(path.read_bytes() + b" ")
     found = metrics_of(audit_deployed(staged_copy, "staging"))
     assert [f["name"] for f in found["risk_flags"]] == ["release"]
-    assert "config.json has changed" in found["risk_flags"][0]["evidence"]
+    assert "config.json: it has changed" in found["risk_flags"][0]["evidence"]
     assert found["environments_ready"] == []
 
 
