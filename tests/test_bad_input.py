@@ -20,7 +20,7 @@ from sensequant.data.bars import BarStore
 from sensequant.data.feeds import CsvFeed, SimulatedFeed
 from sensequant.market.calendar import known
 from sensequant.market.simulator import MarketSpec
-from sensequant.ops.cli import app
+from sensequant.ops.main import app
 from sensequant.ops.orchestrator import begin_run, run_config
 
 HEAD = "date,open,high,low,close,volume"
@@ -140,10 +140,27 @@ def test_words_that_no_command_has_are_shown_in_a_box(words, home):
     assert done.stdout == "" and not home.exists()
 
 
-@pytest.mark.parametrize("command", ["resume", "report"])
+OF_A_RUN = {
+    "resume": "",
+    "report": "",
+    "train student": "",
+    "verify": "",
+    "reproduce": "",
+    "audit": "",
+    "release manifest": "",
+    "release validate": "",
+    "release deploy": "-e staging",
+    "candidates show": "",
+    "candidates approve": "--role Risk --key x",
+    "candidates reject": "--why hush --yes",
+}
+
+
+@pytest.mark.parametrize("command", OF_A_RUN)
 @pytest.mark.parametrize("run_id", ["latest", "live_candidate_20200101_000000", "../../etc"])
 def test_a_run_there_is_not(command, run_id, home):
-    require_refused(sensequant(command, run_id), "a run must have a folder", run_id)
+    done = sensequant(*command.split(), run_id, *OF_A_RUN[command].split())
+    require_refused(done, "a run must have a folder", run_id)
     assert not home.exists()
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.artifacts import write_atomic
-from ..core.errors import DataError, GateError
+from ..core.errors import DataError, GateError, SettingsError
 from ..core.events import json_ready, locked
 from sensequant.core.ledger import (
     Head,
@@ -984,7 +984,7 @@ def get_candidate_runs(
     if status is not None and status not in known:
         near = get_close_matches(status, known, 1)
         fix = f"Did you mean {near[0]}?" if near else None
-        raise DataError(f"status must be one of {', '.join(known)}", status, "candidates", fix)
+        raise SettingsError(f"status must be one of {', '.join(known)}", status, "candidates", fix)
     home = Path(home or load_settings().home)
     register, run = Register(register_path(home)), Run("", home)
     held = {r["run_id"]: r["to"] for r in register.rows("state")}

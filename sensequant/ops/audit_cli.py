@@ -17,7 +17,7 @@ import typer
 from ..core.errors import SenseQuantError, SettingsError
 from ..core.settings import load_settings
 from ..core.types import IST
-from .cli import FAILED, FINISHED, MISSED, _opt, refuse, say
+from .cli import FAILED, FINISHED, MISSED, _opt, refuse, run_named, say
 
 # %% ../../nbs/9_ops/917_audit_cli.ipynb #b9372353
 def what_is_audited(
@@ -69,10 +69,9 @@ def _bundle(run_id: str | None, deployed: str | None, home: Path, now: datetime)
         from sensequant.govern.bundle import audit_deployed
 
         return audit_deployed(home, str(deployed), now)
-    from sensequant.data.runs import open_run
     from sensequant.govern.bundle import audit_beside, standing_of
 
-    run = open_run(str(run_id), home)
+    run = run_named(str(run_id))
     return audit_beside(run, standing_of(run), now)
 
 

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from ..core.errors import DataError, GateError, SenseQuantError
 from ..core.settings import Settings, load_settings
-from .cli import FAILED, MISSED, _opt, refuse, say
+from .cli import FAILED, MISSED, _opt, refuse, run_named, say
 
 # %% ../../nbs/9_ops/914_candidates_cli.ipynb #604ab284
 VARIABLE = "SIGNING_PASSPHRASE"
@@ -203,8 +203,9 @@ def _latest(settings: Settings, run_id: str) -> str:
     "The run that is meant."
     from sensequant.govern.promotion import get_latest_candidate_run
 
+    named = str(run_named(run_id).run_id)
     if run_id != "latest":
-        return run_id
+        return named
     newest = get_latest_candidate_run(settings.home)
     if newest is None:
         fix = "Start one with `sensequant run --propose`; see `sensequant run --help`"
@@ -401,7 +402,8 @@ def approve_candidate(
     need two people. The last signature that is needed makes the candidate approved. The passphrase
     is typed; a script sets SIGNING_PASSPHRASE for the one command and says --yes.
 
-    Ends with 0 when it is signed, 1 when a file could not be read or written and 3 when refused.
+    Ends with 0 when it is signed, 1 when a file could not be read or written, 2 when used wrongly
+    and 3 when refused.
     """
     from sensequant.govern.approvals import load_private
     from sensequant.govern.promotion import (

@@ -7,9 +7,9 @@ may rely on."""
 __all__ = ['FINISHED', 'FAILED', 'USAGE', 'MISSED', 'BUSY', 'INTERRUPTED', 'app', 'SymbolsOption', 'SymbolsFileOption',
            'UniverseOption', 'StartOption', 'EndOption', 'SourceOption', 'CsvDirOption', 'CsvZoneOption',
            'BenchmarkOption', 'IntervalOption', 'SimSymbolsOption', 'SignalIcOption', 'ScopeOption', 'WorkersOption',
-           'SetOption', 'SkipFetchOption', 'IncrementalOption', 'say', 'refuse', 'LineWatcher', 'pace', 'BarWatcher',
-           'watcher', 'read_symbols', 'read_day', 'read_assignments', 'present', 'close', 'walk', 'begin_with', 'run',
-           'resume', 'runs', 'settings']
+           'SetOption', 'SkipFetchOption', 'IncrementalOption', 'say', 'refuse', 'run_named', 'LineWatcher', 'pace',
+           'BarWatcher', 'watcher', 'read_symbols', 'read_day', 'read_assignments', 'present', 'close', 'walk',
+           'begin_with', 'run', 'resume', 'runs', 'settings']
 
 # %% ../../nbs/9_ops/94_cli.ipynb #fb7f9a27
 import json
@@ -59,6 +59,16 @@ def refuse(error: SenseQuantError, code: int = USAGE) -> typer.Exit:
     "The message on standard error; raise what comes back."
     print(f"error: {error}", file=sys.stderr, flush=True)
     return typer.Exit(code)
+
+
+def run_named(run_id: str) -> Any:  # Run
+    "The run that is meant, for latest the newest; a word that names none is wrong use."
+    from sensequant.data.runs import open_run
+
+    try:
+        return open_run(run_id, load_settings().home)
+    except SenseQuantError as error:
+        raise refuse(error) from None
 
 # %% ../../nbs/9_ops/94_cli.ipynb #1bae2cac
 class LineWatcher:
@@ -431,10 +441,7 @@ def resume(
     say("SenseQuant: going on")
     from sensequant.ops import orchestrator as o
 
-    try:
-        found = o.open_run(run_id, load_settings().home)
-    except SenseQuantError as error:
-        raise refuse(error) from None
+    found = run_named(run_id)
     raise typer.Exit(walk(lambda: o.claim_run(found.run_id, found.home), require_pass))
 
 # %% ../../nbs/9_ops/94_cli.ipynb #e907e164

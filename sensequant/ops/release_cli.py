@@ -21,7 +21,7 @@ from ..core.errors import DataError, GateError, SenseQuantError, SettingsError
 from ..core.settings import load_settings
 from ..core.state import ENVIRONMENTS
 from ..core.types import IST
-from .cli import BUSY, FAILED, FINISHED, MISSED, USAGE, _opt, refuse, say
+from .cli import BUSY, FAILED, FINISHED, MISSED, USAGE, _opt, refuse, run_named, say
 
 # %% ../../nbs/9_ops/915_release_cli.ipynb #0b3a43fc
 release = typer.Typer(
@@ -76,14 +76,11 @@ def _confirm(
 # %% ../../nbs/9_ops/915_release_cli.ipynb #033a4039
 def _find(run_id: str, home: Path) -> str:
     "The id of a run; for latest the newest that reached a verdict, as `candidates` takes it."
-    from sensequant.data.runs import open_run
     from sensequant.govern.promotion import get_latest_candidate_run
 
-    if run_id != "latest":
-        return run_id
-    last = open_run("latest", home).run_id  # where there is none, nothing is looked for
-    newest = get_latest_candidate_run(home)
-    return str(newest["run_id"]) if newest else last
+    named = str(run_named(run_id).run_id)  # where there is none, nothing is looked for
+    newest = get_latest_candidate_run(home) if run_id == "latest" else None
+    return str(newest["run_id"]) if newest else named
 
 
 def _where(environment: str | None, home: Path) -> str:
@@ -341,11 +338,10 @@ def manifest_command(run_id: _RUN = "latest") -> None:
     """
     import hashlib
 
-    from sensequant.data.runs import open_run
     from sensequant.govern.manifest import MANIFEST, faults_inside, parse_manifest, read_inside
 
+    run = run_named(run_id)
     with _told():
-        run = open_run(run_id, load_settings().home)
         data = read_inside(run.folder, MANIFEST)
         manifest, sha256 = (
             parse_manifest(data, run.folder / MANIFEST),
@@ -368,14 +364,13 @@ def validate_command(
 ) -> None:
     """Verify the evidence of a run: every byte, both chains, each model, a sample of predictions.
 
-    It is about the run, not about the code: `make test` tests that. Ends with 1 when something is
+    It is about the run, not about the code: `make test` tests that. Ends with 3 when something is
     not as it was signed.
     """
-    from sensequant.data.runs import open_run
     from sensequant.govern.verification import verify_run
 
+    run = run_named(run_id)
     with _told():
-        run = open_run(run_id, load_settings().home)
         seen = verify_run(run, deep=not quick, tell=lambda step: say(f"  {step}"))
     for fault in seen.faults:
         say(f"FAULT {fault.name}: {fault.must}; found {fault.found} in {fault.where}")
@@ -383,7 +378,7 @@ def validate_command(
         say(f"note: {note}")
     count = f"{len(seen.checks)} checks, {len(seen.faults)} faults"
     say(f"{run.run_id}: {'whole' if seen.whole else 'NOT WHOLE'}, {count}")
-    raise typer.Exit(FINISHED if seen.whole else FAILED)
+    raise typer.Exit(FINISHED if seen.whole else MISSED)
 
 # %% ../../nbs/9_ops/915_release_cli.ipynb #5bbf646a
 @release.command("audit")

@@ -23,7 +23,7 @@ from rich.table import Table
 from ..core.errors import DataError, SenseQuantError, SettingsError
 from ..core.settings import load_settings
 from ..core.types import Interval
-from .cli import MISSED, begin_with, refuse, run, say, walk
+from .cli import MISSED, begin_with, refuse, run, run_named, say, walk
 
 # %% ../../nbs/9_ops/95_train_cli.ipynb #60834970
 bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
@@ -115,7 +115,7 @@ def _claim(run_id: str) -> Any:  # a function that gives the run
     "How a run is claimed; refuses one that is not there."
     from sensequant.ops import orchestrator as o
 
-    found = o.open_run(run_id, load_settings().home)
+    found = run_named(run_id)
     return lambda: o.claim_run(found.run_id, found.home)
 
 

@@ -15,21 +15,12 @@ import typer
 
 from ..core.errors import DataError, GateError, SenseQuantError
 from ..core.settings import load_settings
-from .cli import FAILED, FINISHED, INTERRUPTED, MISSED, _opt, refuse, say, watcher
+from .cli import FAILED, FINISHED, INTERRUPTED, MISSED, _opt, refuse, run_named, say
+from .cli import watcher
 
 # %% ../../nbs/9_ops/916_verify_cli.ipynb #9f196834
 MOST_SHOWN = 40  # rows; all of them are in the JSON
 _RUN = typer.Argument(help="id of the run, or latest", show_default=False)
-
-
-def _find(run_id: str) -> Any:  # Run
-    "A run of the house; a word that is none is wrong use."
-    from sensequant.data.runs import open_run
-
-    try:
-        return open_run(run_id, load_settings().home)
-    except SenseQuantError as error:
-        raise refuse(error) from None
 
 
 def _cut(lines: list[str]) -> list[str]:
@@ -74,7 +65,7 @@ def verify(
     "Say whether everything of a run is there and as it was signed; a changed byte is named."
     from sensequant.govern.verification import verify_run
 
-    run = _find(run_id)
+    run = run_named(run_id)
     seen = verify_run(run, deep=not quick)
     say(_as_json(seen) if as_json else "\n".join(told(seen)))
     raise typer.Exit(FINISHED if seen.whole else MISSED)
@@ -128,7 +119,7 @@ def reproduce(
     "Do a run again from its manifest, in a home of its own, and compare it file by file."
     from sensequant.govern.reproduction import differences_here, reproduce_run
 
-    run = _find(run_id)
+    run = run_named(run_id)
     try:
         for warning in [] if as_json else differences_here(run):
             say(f"warning: {warning}")
