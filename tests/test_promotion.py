@@ -47,6 +47,7 @@ from sensequant.govern.promotion import (
     find_run,
     get_candidate_runs,
     get_latest_candidate_run,
+    keys_gone,
     known_key,
     nominate,
     register_path,
@@ -561,9 +562,11 @@ def test_a_key_that_is_not_pinned_neither_signs_nor_counts(signed, monkeypatch):
     pins = f"Asha={asha.public.fingerprint}, Bala={bala.public.fingerprint}"
     monkeypatch.setenv("SENSEQUANT_APPROVER_KEYS", pins)
     assert len(check_approvals(home, RUN, "staging")) == 2
-    monkeypatch.setenv(
-        "SENSEQUANT_APPROVER_KEYS", f"Asha={asha.public.fingerprint}, Bala={'0' * 32}"
-    )
+    assert keys_gone(register(home), home, RUN, pins) == []
+    pins = f"Asha={asha.public.fingerprint}, Bala={'0' * 32}"
+    monkeypatch.setenv("SENSEQUANT_APPROVER_KEYS", pins)
+    (gone,) = keys_gone(register(home), home, RUN, pins)
+    assert gone.startswith("Bala signed it with a key that counts no more: a key must be among")
     with pytest.raises(
         GateError, match=f"must be among approver_keys; found Bala={bala.public.fingerprint}"
     ):

@@ -933,6 +933,17 @@ def test_rollback_and_status_on_the_command_line(live):
     assert (said.exit_code, "WRONG" in said.stdout) == (1, True)
 
 
+def test_a_key_that_counts_no_more_is_said_and_takes_nothing_away(live, monkeypatch):
+    monkeypatch.setenv("SENSEQUANT_APPROVER_KEYS", f"Asha Rao={'0' * 32}")
+    warns = "Warning     Asha Rao signed it with a key that counts no more: a key must be among"
+    said = typed("status")
+    assert (said.exit_code, said.stdout.count(warns)) == (0, 2)
+    assert "Intact      yes" in said.stdout
+    said = typed("rollback", "-e", "staging", "--why", "it lost", answer="yes\n")
+    assert (said.exit_code, active(live)) == (0, release_of(A))
+    assert said.stdout.index(warns) < said.stdout.index("Active  ")
+
+
 def test_a_kill_is_settled_by_the_next_command(live):
     dies = patch.object(r, "_conclude", side_effect=KeyboardInterrupt)
     with dies, pytest.raises(KeyboardInterrupt):

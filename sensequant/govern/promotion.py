@@ -5,10 +5,10 @@ only grows."""
 
 # %% auto #0
 __all__ = ['ARROWS', 'STATES', 'RESTORED_BY', 'SIGNABLE', 'APPROVED', 'refuse_move', 'register_path', 'signed_roles',
-           'complete_for', 'Register', 'approvals_lock', 'user_name', 'enrol_key', 'known_key', 'find_run', 'nominate',
-           'Case', 'roles_to_sign', 'open_case', 'adopt', 'changed_files', 'require_files', 'passed_verdict',
-           'allowed_environments', 'find_role', 'approval_files', 'check_signable', 'approve', 'holdout_t',
-           'check_approvals', 'reject', 'auto_approve', 'get_candidate_runs', 'get_latest_candidate_run']
+           'complete_for', 'Register', 'approvals_lock', 'user_name', 'enrol_key', 'known_key', 'keys_gone', 'find_run',
+           'nominate', 'Case', 'roles_to_sign', 'open_case', 'adopt', 'changed_files', 'require_files',
+           'passed_verdict', 'allowed_environments', 'find_role', 'approval_files', 'check_signable', 'approve',
+           'holdout_t', 'check_approvals', 'reject', 'auto_approve', 'get_candidate_runs', 'get_latest_candidate_run']
 
 # %% ../../nbs/7_govern/74_promotion.ipynb #a2fc3f01
 import hashlib
@@ -432,6 +432,24 @@ def known_key(
         )
     require_pinned(key, pins)
     return key
+
+# %% ../../nbs/7_govern/74_promotion.ipynb #47237495
+def keys_gone(
+    register: Register,
+    home: Path,  # folder that holds data
+    run_id: str,
+    pins: str = "",  # the setting `approver_keys`
+) -> list[str]:  # a sentence each; empty when every signature of the run would count today
+    "Who signed a run with a key that no longer counts, and why it does not."
+    said = []
+    for name in dict.fromkeys(
+        r["by"] for r in register.rows("approval", run_id) if r["by"] != AUTO
+    ):
+        try:
+            known_key(register, home, name, pins)
+        except (GateError, DataError) as error:
+            said.append(f"{name} signed it with a key that counts no more: {error}")
+    return said
 
 # %% ../../nbs/7_govern/74_promotion.ipynb #3bdbc0b9
 def find_run(

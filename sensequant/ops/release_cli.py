@@ -202,6 +202,17 @@ def watch_lines(
     return [f"Watched     {until}", f"Alerts      {drops}; a check every {held.check_hours:g} h"]
 
 # %% ../../nbs/9_ops/915_release_cli.ipynb #840c7bdc
+def _keys_gone(home: Path, release_id: str | None) -> list[str]:
+    "Signatures of a release whose keys count no more."
+    from sensequant.govern.promotion import Register, keys_gone, register_path
+    from sensequant.govern.manifest import run_id_of
+
+    if release_id is None:
+        return []
+    with Register(register_path(home)) as register:
+        return keys_gone(register, home, run_id_of(release_id), load_settings().approver_keys)
+
+# %% ../../nbs/9_ops/915_release_cli.ipynb #fa6c6c5d
 @release.command("rollback")
 def rollback_command(
     environment: _PLACE = None,
@@ -228,6 +239,8 @@ def rollback_command(
         left, restored = r.plan_rollback(home, place)
         say(f"Takes back  {left} in {place}")
         say(f"Restores    {restored.release_id if restored else 'nothing: it is the first'}")
+        for sentence in _keys_gone(home, restored.release_id if restored else None):
+            say(f"Warning     {sentence}")
         _confirm(left, yes, f"Roll back {left} in {place}?")
         now = r.rollback(home, place, by or user_name(), why)
         say(f"Active      {now.release_id if now else 'nothing'} in {place}")
@@ -253,6 +266,8 @@ def full_status(
     moment = now or datetime.now(IST)
     found = release_status(home, now)
     places = {e: _watched(a, moment) for e, a in found["environments"].items()}
+    for about in places.values():
+        about["keys_gone"] = _keys_gone(home, about["release_id"])
     if "sessions" in places["staging"]:
         places["staging"]["sessions_needed"] = load_settings().staging_sessions
     return found | {"environments": places}
@@ -275,6 +290,7 @@ def _status_lines(about: dict[str, Any], now: datetime) -> list[str]:
     if "sessions" in about:
         needed = about["sessions_needed"]
         lines += [f"Sessions    {about['sessions']} full ones here; production needs {needed}"]
+    lines += [f"Warning     {sentence}" for sentence in about["keys_gone"]]
     lines += ["Intact      yes" if about["intact"] else f"WRONG       {about['wrong']}"]
     return [lines[0], *(f"  {line}" for line in lines[1:])]
 
