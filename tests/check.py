@@ -29,6 +29,7 @@ class Step:
 def pytest_words(fast: bool) -> tuple[str, ...]:
     """pytest on two cores, adding its coverage to what the notebooks' lessons have covered."""
     words = ("-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
+    words += ("--durations=30", "--durations-min=5")
     words += ("--cov", "--cov-append", "--cov-report=term:skip-covered")
     return (*words, "-m", "not slow") if fast else (*words, f"--cov-fail-under={LEAST_COVERAGE}")
 
