@@ -5935,6 +5935,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'sensequant/ops/schedule.py'),
                                          'sensequant.ops.schedule.log_note': ('9_ops/schedule.html#log_note', 'sensequant/ops/schedule.py'),
                                          'sensequant.ops.schedule.log_path': ('9_ops/schedule.html#log_path', 'sensequant/ops/schedule.py'),
+                                         'sensequant.ops.schedule.made_up_by': ( '9_ops/schedule.html#made_up_by',
+                                                                                 'sensequant/ops/schedule.py'),
                                          'sensequant.ops.schedule.orders_of': ( '9_ops/schedule.html#orders_of',
                                                                                 'sensequant/ops/schedule.py'),
                                          'sensequant.ops.schedule.proposals_of': ( '9_ops/schedule.html#proposals_of',

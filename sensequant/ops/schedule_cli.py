@@ -53,9 +53,9 @@ from sensequant.ops.schedule import (
     ended,
     lock_path,
     log_note,
+    made_up_by,
     orders_of,
     proposes,
-    replaced_by,
     shell_environment,
     sole,
     spent,
@@ -255,11 +255,11 @@ def retrain_now(kind: str, given: Mapping[str, Any], home: Path) -> int:  # exit
 
 # %% ../../nbs/9_ops/922_schedule_cli.ipynb #73c784f7
 def _skip(kind: str, home: Path) -> bool:
-    "Whether a rarer retraining runs today in place of a scheduled one, which is noted."
+    "Whether a rarer retraining runs in place of a scheduled one, which is noted."
     now = datetime.now(IST)
-    if not (rarer := replaced_by(kind, now.date())):
+    if not (rarer := made_up_by(kind, now.date())):
         return False
-    why = f"{rarer} runs today in its place"
+    why = f"{rarer} runs in its place"
     say(f"{kind}: {why}")
     log_note(home, ended(Note(kind, now), "skipped", why))
     return True
@@ -290,7 +290,7 @@ def retrain(
         float, typer.Option(help="for another retraining to end, minutes", min=0)
     ] = 0.0,
     dryrun: Annotated[bool, _opt("plan, ask and write nothing")] = False,
-    scheduled: Annotated[bool, _opt("do nothing on a day on which a rarer kind runs")] = False,
+    scheduled: Annotated[bool, _opt("do nothing where a rarer kind runs in its place")] = False,
     symbols: SymbolsOption = None,
     symbols_file: SymbolsFileOption = None,
     universe: UniverseOption = None,
