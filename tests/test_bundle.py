@@ -21,8 +21,10 @@ from sensequant.core.types import IST
 from sensequant.data.runs import Run, _artifacts
 from sensequant.govern.approvals import load_private
 from sensequant.govern.bundle import (
+    _deployed_facts,
     audit_beside,
     audit_deployed,
+    open_deployed,
     replaced_release,
     standing_of,
     write_bundle,
@@ -32,7 +34,7 @@ from sensequant.govern.flags import Facts, environments_ready, risk_flags
 from sensequant.govern.promotion import approve, enrol_key
 from sensequant.govern.release import active_release, deploy
 from sensequant.govern.shelf import audits_folder, held_bundles
-from sensequant.govern.weighing import Audited, sources_of
+from sensequant.govern.weighing import Audited, sources_of, windows_of
 from sensequant.ops.main import app
 from sensequant.trading.opinions import model_opinions
 from sensequant.trading.traces import write_traces
@@ -442,6 +444,19 @@ def test_telemetry_since_the_deployment_is_compared_with_the_evidence(staged_cop
         ).read_text()
     )
     assert late["opinions"]["reason"].startswith("no opinion in 30 days; the newest is of")
+
+
+def test_what_its_run_had_to_learn_from_is_weighed_again(staged_copy, finished_run):
+    totals = finished_run.artifacts.read_json("coverage.json")["totals"]
+    share = totals["sessions_held"] / totals["sessions_expected"]
+    shutil.rmtree(staged_copy / "runs")
+    held = open_deployed(staged_copy, "staging", NOW)
+    windows = windows_of(held.seen[0], held.settings, pd.Timestamp(NOW))
+    facts = _deployed_facts(held, {}, windows)
+    assert 0 < share < 1
+    assert (facts.coverage, facts.sentiment, facts.failed_windows) == (share, None, 0)
+    held.manifest["training"]["student"]["failed"] = 2
+    assert _deployed_facts(held, {}, windows).failed_windows == 2
 
 
 def test_a_damaged_release_is_a_finding_and_makes_a_bundle(staged_copy):

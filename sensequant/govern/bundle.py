@@ -56,6 +56,7 @@ from sensequant.govern.weighing import (
     release_table,
     search_of,
     sign_off,
+    shares_held,
     sources_of,
     student_facts,
     watched,
@@ -335,6 +336,16 @@ class Deployed:
         return settings_of(self._json("config.json")) if self.release else load_settings()
 
     @cached_property
+    def shares(self) -> tuple[float | None, float | None]:
+        "Bars and, where it is used, sentiment that its run had, fractions of what it should have."
+        if self.release is None or "evidence/coverage.json" not in self.release.files:
+            return None, None
+        kept = "evidence/sources.json"
+        told = self._json(kept) if kept in self.release.files else {}
+        groups = self._json("recipe.json")["groups"]
+        return shares_held(self._json("evidence/coverage.json"), told, groups)
+
+    @cached_property
     def evidence(self) -> Book:
         "What it showed when it was approved."
         return release_book(self.release) if self.release else Book("nothing", NO_DAYS)
@@ -380,6 +391,7 @@ def _deployed_facts(
     told, s, scope = held.manifest, held.settings, held._json("recipe.json")["scope"]
     head = told["ledger"] and Head(**told["ledger"], seen_in=held.release.release_id)
     newest = date.fromisoformat(str(told["data"]["data_age"]["last_bar"])[:10])
+    coverage, mood = held.shares
     worse, alerts = watched(windows)
     predictions = release_table(held.release, "predictions")
     return Facts(
@@ -387,6 +399,9 @@ def _deployed_facts(
         gate=gate_fault(told["gate"]),
         ledger=ledger_fault(held.home, head),
         certificate=certificate_fault(standing_for(s, scope)),
+        coverage=coverage,
+        sentiment=mood,
+        failed_windows=sum(told["training"][k]["failed"] for k in ("teacher", "student")),
         deltas=gaps,
         baseline=held.evidence.name,
         search=search_of(held.home, held.release.run_id, s.search_tolerance_frac),

@@ -583,6 +583,7 @@ def _require_staged(asked: _Asked, manifest: Mapping[str, Any]) -> None:
 # %% ../../nbs/7_govern/75_release.ipynb #021c7798
 _CONFIGS = ("config.json", "recipe.json", "inputs.json")
 _EVIDENCE = ("daily_returns.parquet", "trades.parquet", "predictions.parquet")
+_HELD = ("coverage.json", "sources.json")  # what there was to learn from, where the run says so
 
 
 def _signed_file(asked: _Asked, manifest: Mapping[str, Any], path: str) -> bytes:
@@ -604,7 +605,8 @@ def _sources(
     "What a release is made of beside manifest and approvals."
     lists = (manifest["artifacts"][group] for group in ("models", "search_space"))
     listed = [entry["path"] for entries in lists for entry in entries]
-    return {p: p for p in (*_CONFIGS, *listed)} | {f"evidence/{p}": p for p in _EVIDENCE}
+    evidence = (*_EVIDENCE, *(p for p in _HELD if p in manifest["files"]))
+    return {p: p for p in (*_CONFIGS, *listed)} | {f"evidence/{p}": p for p in evidence}
 
 # %% ../../nbs/7_govern/75_release.ipynb #1adec8f5
 def _require_evidence(asked: _Asked, manifest: Mapping[str, Any]) -> None:

@@ -6,8 +6,8 @@ and what follows, ready to be written."""
 # %% auto #0
 __all__ = ['REPLACED', 'DAYS', 'NO_DAYS', 'LEAKS', 'Stands', 'Audited', 'release_table', 'release_book', 'sma_book',
            'active_or_fault', 'Compared', 'compare', 'search_of', 'student_facts', 'windows_of', 'monitoring_of',
-           'no_window', 'watched', 'gate_fault', 'age_in_sessions', 'certificate_fault', 'sources_of', 'sign_off',
-           'Findings', 'about_audit', 'weigh']
+           'no_window', 'watched', 'gate_fault', 'age_in_sessions', 'certificate_fault', 'shares_held', 'sources_of',
+           'sign_off', 'Findings', 'about_audit', 'weigh']
 
 # %% ../../nbs/7_govern/780_weighing.ipynb #4d0c85b6
 import io
@@ -302,17 +302,25 @@ def certificate_fault(standing: Stands | None) -> str:
     return "" if standing.matches else standing.sentence
 
 
+def shares_held(
+    coverage: Mapping[str, Any],  # coverage.json of a run
+    sources: Mapping[str, Any],  # its sources.json; empty without one
+    groups: Sequence[str],  # of features that are switched on
+) -> tuple[float, float | None]:  # sessions held of those expected; days with sentiment, if used
+    "How much there was to learn from, fractions."
+    totals, mood = coverage["totals"], sources.get("sentiment", {}).get("share_covered", 0.0)
+    share = totals["sessions_held"] / max(1, totals["sessions_expected"])
+    return share, float(mood) if "sentiment" in groups else None
+
+
 def sources_of(audited: Audited) -> tuple[float | None, float | None, date | None]:
     "Coverage of the bars, of sentiment where it is used, and the newest bar."
-    store = audited.run.artifacts
-    found, used = store.read_json("coverage.json"), "sentiment" in read_recipe(audited.run).groups
-    totals, mood = found["totals"], None
-    if used:
-        told = store.read_json("sources.json") if store.has("sources.json") else {}
-        mood = float(told.get("sentiment", {}).get("share_covered", 0.0))
+    store, groups = audited.run.artifacts, read_recipe(audited.run).groups
+    found = store.read_json("coverage.json")
+    told = store.read_json("sources.json") if store.has("sources.json") else {}
     days = [s["last"] for s in found["symbols"].values() if s["last"]]
     newest = datetime.fromisoformat(max(days)).date() if days else None
-    return totals["sessions_held"] / max(1, totals["sessions_expected"]), mood, newest
+    return *shares_held(found, told, groups), newest
 
 # %% ../../nbs/7_govern/780_weighing.ipynb #7555c9c4
 LEAKS = ("lineage", "features")  # checks that look for knowledge of the future
