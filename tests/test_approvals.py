@@ -1,5 +1,6 @@
 "Keys, signatures and their files, in careless and in hostile hands."
 
+import base64
 import json
 import os
 import shutil
@@ -10,8 +11,13 @@ from datetime import datetime
 
 import pytest
 from candidates import PHRASE, people
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import CBC
+from cryptography.hazmat.primitives.kdf.pbkdf2 import PBKDF2HMAC
+from cryptography.hazmat.primitives.padding import PKCS7
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import python, results
@@ -219,6 +225,48 @@ def test_a_key_cut_anywhere_or_with_any_bit_changed_is_never_another_key(asha, k
     assert opened <= 10
     path.write_bytes(whole)
     assert load_private("Asha", PHRASE, keys_dir).public == asha.public
+
+
+def tlv(tag, *parts):
+    "A part of a DER file, up to 255 bytes long."
+    body = b"".join(parts)
+    long = b"\x81" if len(body) > 127 else b""
+    return bytes([tag]) + long + bytes([len(body)]) + body
+
+
+def sealed(raw, phrase):
+    "Bytes as an Ed25519 key, encrypted as RFC 8018 says (PBES2: PBKDF2, AES-256-CBC)."
+    salt, start = b"s" * 16, b"i" * 16
+    key = PBKDF2HMAC(hashes.SHA256(), 32, salt, 2048).derive(phrase.encode())
+    ed25519, pbes2, pbkdf2, sha256, aes = (
+        bytes.fromhex(f"06{len(h) // 2:02x}{h}")
+        for h in (
+            "2b6570",
+            "2a864886f70d01050d",
+            "2a864886f70d01050c",
+            "2a864886f70d0209",
+            "60864801650304012a",
+        )
+    )
+    inner = tlv(0x30, tlv(2, b"\0"), tlv(0x30, ed25519), tlv(4, tlv(4, raw)))
+    padder, cipher = PKCS7(128).padder(), Cipher(AES(key), CBC(start)).encryptor()
+    secret = cipher.update(padder.update(inner) + padder.finalize()) + cipher.finalize()
+    rounds = tlv(0x30, tlv(4, salt), tlv(2, b"\x08\0"), tlv(0x30, sha256, b"\x05\0"))
+    how = tlv(0x30, tlv(0x30, pbkdf2, rounds), tlv(0x30, aes, tlv(4, start)))
+    der = tlv(0x30, tlv(0x30, pbes2, how), tlv(4, secret))
+    kind = b"ENCRYPTED PRIVATE KEY-----"
+    return b"-----BEGIN " + kind + b"\n" + base64.encodebytes(der) + b"-----END " + kind + b"\n"
+
+
+def test_a_key_of_the_wrong_length_in_a_good_envelope_is_refused(asha, keys_dir):
+    "What damage may leave: it opens, and OpenSSL fails with an error that it has no name for."
+    path = private_path(keys_dir, "Asha")
+    path.write_bytes(sealed(b"k" * 32, PHRASE))
+    assert load_private("Asha", PHRASE, keys_dir).public != asha.public
+    for n in (0, 31, 33):
+        path.write_bytes(sealed(b"k" * n, PHRASE))
+        with pytest.raises(GateError, match="must open the key; found a wrong one, or a damaged"):
+            load_private("Asha", PHRASE, keys_dir)
 
 
 def test_openssl_opens_the_key_and_signs_what_counts(asha, keys_dir, tmp_path):

@@ -1185,7 +1185,7 @@ def test_lists_are_of_a_status_and_for_scripts(say, house):
     only = say("candidates", "list", "--status", "ready-for-review")
     assert "ready-for-review" in only and "rejected" not in only
     assert say("candidates", "list", "--status", "deployed") == "no candidate is deployed"
-    assert "Did you mean rejected?" in say("candidates", "list", "--status", "reject", code=1)
+    assert "Did you mean rejected?" in say("candidates", "list", "--status", "reject", code=2)
 
 
 def test_keys_are_made_shown_and_not_made_twice(say, house, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InternalError, InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import (
     Ed25519PrivateKey,
@@ -264,7 +264,7 @@ def load_private(
         raise GateError("a private key must be whole, and encrypted", "another text", path, fix)
     try:
         key = serialization.load_pem_private_key(mark + rest, passphrase.encode() or b"\0")
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except (ValueError, TypeError, UnsupportedAlgorithm, InternalError):
         fix = "Try again; a forgotten passphrase cannot be recovered"
         must = "the passphrase must open the key"
         raise GateError(must, "a wrong one, or a damaged file", path, fix) from None
