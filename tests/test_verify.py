@@ -21,9 +21,10 @@ from sensequant.core.settings import load_settings
 from sensequant.core.types import Interval
 from sensequant.data.feeds import SimulatedFeed
 from sensequant.data.runs import Run, actions_file, pinned_bars, read_inputs
-from sensequant.govern import verification
+from sensequant.govern import reproduction, verification
 from sensequant.govern.manifest import MANIFEST, code_version, read_manifest
 from sensequant.govern.promotion import nominate
+from sensequant.govern.release import active_release, deploy, rollback
 from sensequant.govern.reproduction import GOOD, compare_runs_files, reproduce_run
 from sensequant.govern.verification import verify_run
 from sensequant.market.actions import ACTION_COLUMNS
@@ -460,6 +461,25 @@ def test_a_simulated_run_comes_out_again(signed_run, tmp_path, monkeypatch):
     assert {r.path: r.status for r in compare_runs_files(signed_run, twin)}["config.json"] == "same"
     again = cli.invoke(app, ["reproduce", signed_run.run_id, "--into", str(tmp_path / "again")])
     assert again.exit_code == 1 and "must be empty" in again.stderr
+
+
+@pytest.mark.slow
+def test_a_run_audited_beside_a_release_comes_out_again(own_run, tmp_path, monkeypatch):
+    "What was deployed then is deployed no more; the second run is laid beside the same release."
+    monkeypatch.setenv("SENSEQUANT_HOME", str(own_run.home))
+    release = deploy(own_run.home, own_run.run_id, "staging", "Chitra")
+    run = begin_run(run_config(load_settings(workers=1, **SMALL), SYMBOLS), own_run.home)
+    assert go_on(run).status == "success"
+    rollback(own_run.home, "staging", "Chitra", "a lesson")
+    again = reproduce_run(run, tmp_path / "again")
+    assert again.equal, [r for r in again.rows if r.status not in GOOD]
+    twin = Run(run.run_id, tmp_path / "again")
+    told = twin.artifacts.read_json("audit/metrics.json")["comparison"]
+    assert told["release_id"] == release.release_id
+    assert active_release(twin.home, "staging").files == release.files
+    shutil.rmtree(release.folder)
+    (gone,) = reproduction._bring_deployed(run, Run(run.run_id, tmp_path / "a third"))
+    assert gone == f"{release.release_id}, deployed to staging when the run was audited, is gone"
 
 
 def write_csv(folder):
