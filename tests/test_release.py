@@ -944,6 +944,18 @@ def test_a_key_that_counts_no_more_is_said_and_takes_nothing_away(live, monkeypa
     assert said.stdout.index(warns) < said.stdout.index("Active  ")
 
 
+@pytest.mark.parametrize("damage", ["gone", "no database"])
+def test_status_tells_of_a_lost_register_and_makes_none(live, damage):
+    path = register_path(live.home)
+    for part in path.parent.glob(f"{path.name}*"):
+        part.unlink()
+    if damage != "gone":
+        path.write_bytes(b"x" * 5000)
+    said = typed("status")
+    assert (said.exit_code, path.exists()) == (1, damage != "gone")
+    assert "WRONG" in said.stdout and release_of(B) in said.stdout
+
+
 def test_a_kill_is_settled_by_the_next_command(live):
     dies = patch.object(r, "_conclude", side_effect=KeyboardInterrupt)
     with dies, pytest.raises(KeyboardInterrupt):

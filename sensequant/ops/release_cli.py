@@ -267,7 +267,7 @@ def full_status(
     found = release_status(home, now)
     places = {e: _watched(a, moment) for e, a in found["environments"].items()}
     for about in places.values():
-        about["keys_gone"] = _keys_gone(home, about["release_id"])
+        about["keys_gone"] = _keys_gone(home, about["release_id"] if about["intact"] else None)
     if "sessions" in places["staging"]:
         places["staging"]["sessions_needed"] = load_settings().staging_sessions
     return found | {"environments": places}

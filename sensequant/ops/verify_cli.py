@@ -15,8 +15,17 @@ import typer
 
 from ..core.errors import DataError, GateError, SenseQuantError
 from ..core.settings import load_settings
-from .cli import FAILED, FINISHED, INTERRUPTED, MISSED, _opt, refuse, run_named, say
-from .cli import watcher
+from sensequant.ops.cli import (
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    MISSED,
+    _opt,
+    refuse,
+    run_named,
+    say,
+    watcher,
+)
 
 # %% ../../nbs/9_ops/916_verify_cli.ipynb #9f196834
 MOST_SHOWN = 40  # rows; all of them are in the JSON
